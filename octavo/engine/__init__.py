@@ -1,0 +1,1 @@
+"""Requests in, tokens out: block manager, scheduler, model runner, sampler."""

@@ -1,0 +1,1 @@
+"""Kernels for sm_90 written in Gluon: wgmma, TMA, warp specialisation."""

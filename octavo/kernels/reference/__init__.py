@@ -1,0 +1,1 @@
+"""The oracle: plain torch, fp32 and fp64, obviously right."""

@@ -1,0 +1,1 @@
+"""Decoder families, their loaders (safetensors, GGUF), tokenizers and the registry."""

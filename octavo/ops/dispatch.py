@@ -1,0 +1,141 @@
+"""Which kernel serves a call: the first of the device's backends that does not refuse it, and why the others were passed over.
+
+A backend is a package under `octavo.kernels`; each of its kernels stands beside a `refuses_<op>` that gives the reason why
+it cannot take a call. Backends are imported on first use, the GPU's only for GPU tensors. Nothing is hidden: a forced
+backend that cannot serve raises, and `octavo.explain` lists every refusal.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BACKENDS = ("hopper", "triton", "cpu", "reference")
+_PREFERENCE = {"cuda": ("hopper", "triton", "reference"), "cpu": ("cpu", "reference")}
+
+# the modules of a backend that may hold an op, best first
+_MODULES = {
+    "flash_fwd": ("flash_fwd",),
+    "flash_bwd": ("flash_bwd",),
+    "paged_attention": ("paged_attention", "paged_gather"),
+    "mla_decode": ("mla_decode",),
+    "store_kv_cache": ("cache",),
+    "store_latent_cache": ("cache",),
+    "merge_attention_states": ("merge",),
+}
+
+_forced: ContextVar[str | None] = ContextVar("octavo_backend", default=None)
+
+Kernel = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The kernel that serves a call, where it lives, and why each better one does not."""
+
+    kernel: Kernel
+    backend: str
+    module: str
+    passed_over: dict[str, str]
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force every octavo call inside to one backend: "hopper", "triton", "cpu" or "reference"; None lets octavo choose.
+
+    A call that the backend cannot take raises `ValueError`. "triton" takes CPU tensors when TRITON_INTERPRET=1 is set.
+    """
+    check_backend(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def check_backend(name: str | None) -> None:
+    """Raise `ValueError` unless `name` is a backend or None."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
+
+
+def forced_backend(backend: str | None = None) -> str | None:
+    """The backend that a call must use: its own argument, else the one of `use_backend`."""
+    check_backend(backend)
+    return _forced.get() if backend is None else backend
+
+
+def choose(op: str, device: torch.device, arguments: tuple[Any, ...], backend: str | None = None) -> Choice:
+    """The first kernel of `op` that takes `arguments`; only that of `backend` (or of `use_backend`) when one is named."""
+    backend = forced_backend(backend)
+    candidates = (backend,) if backend else _PREFERENCE.get(device.type, ("reference",))
+    passed_over: dict[str, str] = {}
+    for candidate in candidates:
+        reason = _wrong_device(candidate, device)
+        if reason is not None:
+            passed_over[candidate] = reason
+            continue
+        for module in _MODULES[op]:
+            name = f"{candidate}.{module}"
+            loaded = _load(candidate, module, op)
+            if isinstance(loaded, str):
+                passed_over[name] = loaded
+                continue
+            kernel, refuses = loaded
+            reason = refuses(*arguments)
+            if reason is None:
+                return Choice(kernel, candidate, name, passed_over)
+            passed_over[name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise ValueError(
+        f"backend {backend!r} cannot serve this {op} call ({reasons}); leave backend unset to let octavo choose"
+    )
+
+
+def run(op: str, device: torch.device, arguments: tuple[Any, ...], backend: str | None = None) -> Any:
+    """Choose a kernel for the call and call it."""
+    return choose(op, device, arguments, backend).kernel(*arguments)
+
+
+def _wrong_device(backend: str, device: torch.device) -> str | None:
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return None if device.type == "cpu" else f"it serves CPU tensors, these are on {device}"
+    if backend == "triton" and device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "it serves GPU tensors (CPU tensors with TRITON_INTERPRET=1 in the environment)"
+    if device.type != "cuda":
+        return f"it serves CUDA tensors, these are on {device}"
+    if backend == "hopper" and _capability(device) != (9, 0):
+        return f"it needs compute capability 9.0, {device} has {'.'.join(map(str, _capability(device)))}"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _load(backend: str, module: str, op: str) -> tuple[Kernel, Kernel] | str:
+    """The kernel and its `refuses_<op>`, or why there is none."""
+    name = f"octavo.kernels.{backend}.{module}"
+    try:
+        loaded = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return f"it has no {op} kernel"
+        if error.name is not None and error.name.partition(".")[0] == "triton":
+            return "the triton package is not installed"
+        raise
+    kernel, refuses = getattr(loaded, op, None), getattr(loaded, f"refuses_{op}", None)
+    if kernel is None or refuses is None:
+        return f"it has no {op} kernel"
+    return kernel, refuses

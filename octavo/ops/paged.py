@@ -1,0 +1,82 @@
+"""Attention of one step's packed tokens over a paged KV cache, and the writes that fill the cache.
+
+The ops of an engine's layer: `store_kv_cache` puts the step's keys and values into their slots, then `paged_attention`
+reads every sequence's blocks through its block table. No gradients.
+"""
+
+from octavo.kernels.spec import AttentionTensors, Tensor
+from octavo.ops import custom_ops
+from octavo.ops.checks import check_heads, check_index, check_like, check_shape, make_spec
+from octavo.ops.metadata import AttentionMetadata
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    metadata: AttentionMetadata,
+    *,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal attention of new tokens over the cache, which already holds their keys and values.
+
+    q (T, Hq, D) packed by `metadata.cu_seqlens_q`; k_cache (num_blocks, block_size, Hkv, D) and v_cache (…, Dv) of q's
+    dtype; the masks align bottom-right, so a sequence's last new token sees all of its `cache_seqlens` keys.
+    `softmax_scale` defaults to 1/√D; `learnable_sink` is (Hq,). Returns (T, Hq, Dv); rows of no sequence give 0.
+    Raises `ValueError` for shapes and dtypes that do not fit. Source: Kwon et al., "PagedAttention", SOSP 2023.
+    """
+    check_shape("q", q, ("T", "Hq", "D"))
+    check_shape("k_cache", k_cache, ("num_blocks", "block_size", "Hkv", q.shape[2]))
+    check_shape("v_cache", v_cache, (*k_cache.shape[:3], "Dv"))
+    check_heads(q.shape[1], k_cache.shape[2])
+    check_like("k_cache", k_cache, q)
+    check_like("v_cache", v_cache, q)
+    tensors = paged_tensors(q, metadata, learnable_sink)
+    spec = make_spec(q.shape[2], softmax_scale, True, window_size, softcap)
+    return custom_ops.paged_attention(q, k_cache, v_cache, spec, tensors, backend=backend)[0]
+
+
+def paged_tensors(q: Tensor, metadata: AttentionMetadata, learnable_sink: Tensor | None = None) -> AttentionTensors:
+    """The metadata's tensors, checked against q, as kernels take them."""
+    batch = metadata.cache_seqlens.shape[0]
+    for name, expected in (
+        ("cu_seqlens_q", (batch + 1,)),
+        ("cache_seqlens", (batch,)),
+        ("block_table", (batch, "blocks")),
+    ):
+        check_index(name, getattr(metadata, name), expected, q.device, metadata.cache_seqlens.dtype)
+    if learnable_sink is not None:
+        check_shape("learnable_sink", learnable_sink, (q.shape[1],))
+    return AttentionTensors(
+        cu_seqlens_q=metadata.cu_seqlens_q,
+        max_seqlen_q=metadata.max_seqlen_q,
+        max_seqlen_k=metadata.max_seqlen_k,
+        seqused_k=metadata.cache_seqlens,
+        block_table=metadata.block_table,
+        learnable_sink=learnable_sink,
+    )
+
+
+def store_kv_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write k (T, Hkv, D) and v (T, Hkv, Dv) into the caches (num_blocks, block_size, Hkv, D or Dv), in place.
+
+    `slot_mapping` (T,) int64 is `block · block_size + offset` of each token; tokens with a negative slot are skipped.
+    """
+    check_shape("k", k, ("T", "Hkv", "D"))
+    check_shape("v", v, (*k.shape[:2], "Dv"))
+    check_shape("k_cache", k_cache, ("num_blocks", "block_size", *k.shape[1:]))
+    check_shape("v_cache", v_cache, (*k_cache.shape[:2], *v.shape[1:]))
+    check_shape("slot_mapping", slot_mapping, (k.shape[0],))
+    custom_ops.store_kv_cache(k, v, k_cache, v_cache, slot_mapping)
+
+
+def store_latent_cache(latent: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write latent (T, R + rope) into kv_cache (num_blocks, block_size, R + rope), in place; slots as `store_kv_cache`."""
+    check_shape("latent", latent, ("T", "R + rope"))
+    check_shape("kv_cache", kv_cache, ("num_blocks", "block_size", latent.shape[1]))
+    check_shape("slot_mapping", slot_mapping, (latent.shape[0],))
+    custom_ops.store_latent_cache(latent, kv_cache, slot_mapping)

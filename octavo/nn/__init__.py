@@ -4,14 +4,18 @@ Importing this package brings torch, but neither the engine nor Triton.
 """
 
 from octavo.nn.attention import MultiHeadAttention
+from octavo.nn.block import TransformerBlock
 from octavo.nn.cache import LayerCache, LayerKVCache, LayerLatentCache, PagedRows, make_caches
 from octavo.nn.linear import Linear
+from octavo.nn.mla import MultiHeadLatentAttention
 from octavo.nn.mlp import MLP, GatedMLP
 from octavo.nn.norm import LayerNorm, RMSNorm
+from octavo.nn.residual import BranchNorm, PostNorm, PreNorm, Residual, ScaledResidual, wire
 from octavo.nn.rotary import RotaryEmbedding, Rotation, apply_rotary
 
 __all__ = [
     "MLP",
+    "BranchNorm",
     "GatedMLP",
     "LayerCache",
     "LayerKVCache",
@@ -19,10 +23,17 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MultiHeadAttention",
+    "MultiHeadLatentAttention",
     "PagedRows",
+    "PostNorm",
+    "PreNorm",
     "RMSNorm",
+    "Residual",
     "RotaryEmbedding",
     "Rotation",
+    "ScaledResidual",
+    "TransformerBlock",
     "apply_rotary",
     "make_caches",
+    "wire",
 ]

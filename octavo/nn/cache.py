@@ -100,9 +100,10 @@ class LayerLatentCache:
         *,
         head_dim_v: int,
         softmax_scale: float,
+        backend: str | None = None,
     ) -> Tensor:
         """Causal attention of absorbed queries (T, Hq, R + rope) over the latents; returns (T, Hq, head_dim_v = R)."""
-        return ops.mla_attention(q, self.latent, head_dim_v, metadata, softmax_scale)
+        return ops.mla_attention(q, self.latent, head_dim_v, metadata, softmax_scale, backend=backend)
 
 
 class HasCache(Protocol):

@@ -23,8 +23,8 @@ class QuantizedWeight:
     """A weight (out_features, in_features) of 4- or 8-bit codes on the CPU; immutable, in_features a multiple of 32.
 
     `codes` is uint8 (row_blocks, groups, 64 · bits): step s of a group holds inputs 4s … 4s + 3 of the block's 16 rows;
-    4-bit codes keep step s in the low and step s + 4 in the high nibbles. `scales` and `mins` (None when there are none)
-    are (row_blocks, groups, 16), fp16 where the file's are and fp32 for the K types. Rows past out_features have scale 0.
+    4-bit codes keep step s in the low and step s + 4 in the high nibbles. `scales` and `mins` (None if there are none)
+    are (row_blocks, groups, 16), fp16 as in the file or fp32 for the K types. Rows past out_features have scale 0.
     """
 
     QTYPES = QTYPES

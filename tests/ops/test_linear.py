@@ -1,4 +1,4 @@
-"""Weights that stay quantised: each type reads as `gguf` itself reads it, and linear layers over them are near exact."""
+"""Quantised weights: each type reads as `gguf` itself reads it, and linear layers over them are near exact."""
 
 import gguf
 import numpy as np

@@ -46,8 +46,8 @@ class EngineConfig:
             raise ValueError(f"scheduling_policy: expected 'fcfs' or 'priority', got {self.scheduling_policy!r}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"max_num_batched_tokens: expected at least max_num_seqs ({self.max_num_seqs}), so that each running sequence "
-                f"gets a token in each step, got {self.max_num_batched_tokens}; raise it or lower max_num_seqs"
+                f"max_num_batched_tokens: expected at least max_num_seqs ({self.max_num_seqs}), so that each running "
+                f"sequence gets a token in each step, got {self.max_num_batched_tokens}; raise it or lower max_num_seqs"
             )
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from octavo.engine.outputs import PromptLogprobs, RequestMetrics
-from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
+from octavo.engine.sampling_params import MAX_TOKEN_ID, BeamSearchParams, SamplingParams
 from octavo.engine.step import ScheduledSequence
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -38,7 +38,7 @@ class Sequence:
     num_computed_tokens: leading tokens whose keys and values are in the cache. num_cached_tokens: those that the prefix
     cache gave at the first admission. block_table: block of each block_size tokens. finish_reason, stop_reason: as in
     CompletionOutput.
-    awaiting_token: a beam whose candidates are computed and whose next token the engine has not yet appended.
+    awaiting_token: of a beam search, every token is computed and the engine has not yet appended the next.
     """
 
     __slots__ = (
@@ -52,6 +52,7 @@ class Sequence:
         "max_tokens_total",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_promised_blocks",
         "num_prompt_tokens",
         "num_writable_tokens",
         "order",
@@ -72,6 +73,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the leading full blocks, as far as known
+        self.num_promised_blocks = 0  # free blocks kept for the rest of its prompt
         self.num_writable_tokens = 0  # token slots that can be written with no further call of the block manager
         self.status = SequenceStatus.WAITING
         self.awaiting_token = False
@@ -79,7 +81,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.max_tokens_total = 0  # prompt and output together; set when the request is added
-        self.order: tuple[float, int, int] = (0, 0, index)  # first in this order runs first and is preempted last
+        self.order: tuple[int, int, int] = (0, 0, index)  # first in this order runs first and is preempted last
         self.decode_entry = ScheduledSequence(self, 1, 1)  # what a decode step schedules: made once, not at each step
 
     @property
@@ -133,9 +135,10 @@ class Request:
         self.cache_salt = _checked_salt(cache_salt)
         self.eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         stop_ids = params.stop_token_ids if isinstance(params, SamplingParams) else ()
-        self.stop_token_ids = frozenset(stop_ids)
-        self.ending_token_ids = self.eos_token_ids | self.stop_token_ids
+        self.ending_token_ids = self.eos_token_ids | frozenset(stop_ids)
+        self.is_beam_search = isinstance(params, BeamSearchParams)
         self.sequences = [Sequence(self, 0, list(self.prompt_token_ids))]
+        self.num_created_sequences = 1
         self.forked = self.num_candidates == 1  # once true, each sequence samples one token per step
         self.prompt_logprobs: PromptLogprobs = []
         self.metrics = RequestMetrics(arrival_time=time.monotonic() if arrival_time is None else arrival_time)
@@ -146,11 +149,8 @@ class Request:
         return self.params.n if isinstance(self.params, SamplingParams) else self.params.beam_width
 
     @property
-    def is_beam_search(self) -> bool:
-        return isinstance(self.params, BeamSearchParams)
-
-    @property
     def finished(self) -> bool:
+        """Every candidate has ended. Beams leave `sequences` when they end."""
         return all(seq.status is SequenceStatus.FINISHED for seq in self.sequences)
 
     def __repr__(self) -> str:
@@ -162,8 +162,8 @@ def _checked_prompt(token_ids: Iterable[int]) -> tuple[int, ...]:
     if not prompt:
         raise ValueError("prompt_token_ids: expected at least one token id, got none")
     for token in prompt:
-        if type(token) is not int or token < 0:
-            raise ValueError(f"prompt_token_ids: expected integers of at least 0, got {token!r}")
+        if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
+            raise ValueError(f"prompt_token_ids: expected integers from 0 to {MAX_TOKEN_ID}, got {token!r}")
     return prompt
 
 

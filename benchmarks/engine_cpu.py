@@ -3,8 +3,9 @@
     python benchmarks/engine_cpu.py --peer-python /path/to/venv/with/peers/bin/python [--json out.json]
 
 Each engine lives in its own process (peers run under `--peer-python`, where `pip install xllamacpp openvino-genai` was
-done), is loaded once and then asked in alternation, so that a busy moment of the machine hits all of them. Every repeat
-has fresh random prompts, so no engine finds one in its prefix cache; all decode greedily and never stop early. Tokens/s:
+done), is loaded once and then asked in alternation, so that a busy moment of the machine hits all of them; the others are
+stopped meanwhile (an idle OpenVINO costs llama.cpp half its speed). Every repeat has fresh random prompts, so no engine
+finds one in its prefix cache; all decode greedily and never stop early. Rates in tokens/s:
 
     prefill-512    one prompt of 512 tokens, 1 token out:                 512 / t
     stream-empty   one prompt of 1 token, 128 out:                        127 / (t − t(1 out))
@@ -18,6 +19,7 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -149,15 +151,20 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         self.load_seconds = self._answer()
+        self._process.send_signal(signal.SIGSTOP)
 
     def seconds(self, prompts: list[list[int]], max_tokens: list[int]) -> float:
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        self._process.send_signal(signal.SIGSTOP)
+        return answer
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         self._process.wait()
         self._log.close()

@@ -5,6 +5,7 @@ division the softmax of wide heads saturates and its gradient dies (`examples/wh
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +86,14 @@ class MultiHeadAttention(nn.Module):
         *,
         rotation: Rotation | None = None,
         context: Tensor | None = None,
+        context_lens: Tensor | None = None,
     ) -> Tensor:
         """Without a cache x (B, S, dim) attends to itself, or to `context` (B, Sk, context_dim); returns (B, S, dim).
 
         With `kv_cache` and `metadata` x (T, dim) is a packed batch of new tokens: stored, then attended causally over
         each sequence's whole cache; returns (T, dim). positions: (S,), (B, S) or (T,) int64; without a cache default
-        0, 1, …. rotation: `rope(positions)`, when the model has computed it for all layers.
+        0, 1, …. rotation: `rope(positions)`, when the model has computed it for all layers. context_lens (B,) int32: rows
+        of `context` in use, default all.
         """
         if (kv_cache is None) != (metadata is None):
             raise ValueError("kv_cache and metadata go together: give both (generation) or neither (training)")
@@ -101,7 +104,10 @@ class MultiHeadAttention(nn.Module):
             if rotation is None:
                 rotation = self.rope(positions_or_default(x, positions, metadata), metadata)
             q, k = self.rope.rotate(q, rotation), self.rope.rotate(k, rotation)
-        out = self._attend(q, k, v, kv_cache, metadata)
+        if kv_cache is None or metadata is None:
+            out = self._attend(q, k, v, context_lens)
+        else:
+            out = self._attend_cached(q, k, v, kv_cache, metadata)
         projected: Tensor = self.o_proj(out.flatten(-2))
         return projected
 
@@ -118,22 +124,25 @@ class MultiHeadAttention(nn.Module):
         k, v = self.kv_proj(context).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-2)
         return self.q_proj(x).unflatten(-1, (-1, self.head_dim)), k, v
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, kv_cache: LayerKVCache | None, metadata: AttentionMetadata | None
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor | None) -> Tensor:
+        out = ops.flash_attn_func(
+            q,
+            k,
+            v,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            softmax_scale=self.softmax_scale,
+            causal=self.causal,
+            window_size=self.window_size,
+            softcap=self.softcap,
+            learnable_sink=self.sinks,
+            seqused_k=seqused_k,
+            backend=self.backend,
+        )
+        return cast(Tensor, out)
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, kv_cache: LayerKVCache, metadata: AttentionMetadata
     ) -> Tensor:
-        if kv_cache is None or metadata is None:
-            return ops.flash_attn_func(
-                q,
-                k,
-                v,
-                dropout_p=self.dropout_p if self.training else 0.0,
-                softmax_scale=self.softmax_scale,
-                causal=self.causal,
-                window_size=self.window_size,
-                softcap=self.softcap,
-                learnable_sink=self.sinks,
-                backend=self.backend,
-            )
         if not self.causal:
             raise ValueError("kv_cache needs causal attention: build the module with causal=True")
         kv_cache.store(k, v, metadata)

@@ -12,6 +12,7 @@ reads the latents only. Both give the same numbers (tests/nn/test_mla.py).
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +136,8 @@ class MultiHeadLatentAttention(nn.Module):
         k_nope, v = kv.split([self.nope_head_dim, self.v_head_dim], dim=-1)
         k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
-        return ops.flash_attn_func(q, k, v, softmax_scale=self.softmax_scale, causal=True, backend=self.backend)
+        out = ops.flash_attn_func(q, k, v, softmax_scale=self.softmax_scale, causal=True, backend=self.backend)
+        return cast(Tensor, out)
 
     def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, kv_cache: LayerLatentCache, metadata: AttentionMetadata

@@ -103,7 +103,7 @@ class Scheduler:
         self._schedule_decodes(scheduled, copies, preempted)
         budget = self.config.max_num_batched_tokens - len(scheduled)
         budget = self._schedule_prefills(scheduled, budget)
-        if self.waiting and not preempted:
+        if self.waiting and not (preempted and scheduled):
             budget = self._admit(scheduled, budget, preempted)
         assert scheduled or not (self.waiting or self.decoding or self.prefilling), "nothing runs: this must not happen"
         num_batched_tokens = self.config.max_num_batched_tokens - budget
@@ -162,12 +162,14 @@ class Scheduler:
         """
         free_seats = self.config.max_num_seqs - len(self.decoding) - len(self.awaiting)
         free_seats -= sum(_seats(seq) for seq in self.prefilling)
-        while self.waiting and budget and _seats(self.waiting[0]) <= free_seats:
+        while self.waiting and budget:
             seq = self.waiting[0]
-            if not self.blocks.admit(seq, spare=len(self.decoding), reuse=not _wants_prompt_logprobs(seq.request)):
+            reuse, spare = not _wants_prompt_logprobs(seq.request), len(self.decoding)
+            if _seats(seq) > free_seats or not self.blocks.admit(seq, spare, reuse):
                 if scheduled or not self.awaiting:
                     break
                 self._preempt(self.awaiting[-1], preempted)  # beams that wait for this one's turn
+                free_seats += 1
                 continue
             self.waiting.pop(0)
             self._start(seq)

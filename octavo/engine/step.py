@@ -49,7 +49,8 @@ class BlockCopy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step. `preempted` sequences lost their blocks: a runner drops whatever it keeps for them."""
+    """One step. `preempted` sequences lost their blocks, so a runner drops whatever it keeps for them; then it reads
+    `scheduled`, where one of them may already stand again."""
 
     scheduled: tuple[ScheduledSequence, ...]
     block_copies: tuple[BlockCopy, ...]

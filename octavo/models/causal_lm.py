@@ -1,0 +1,163 @@
+"""The decoder that all families share: embedding, layers of attention and MLP around a residual stream, norm, logits.
+
+    x ← x + attn(norm(x));   x ← x + mlp(norm(x));   logits = lm_head(norm(x))
+
+A family (llama.py, qwen3.py, gemma3.py, …) says what is its own: how a layer is wired, how its attention is built.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.models.config import ModelConfig
+from octavo.nn import GatedMLP, LayerKVCache, Linear, MultiHeadAttention, RMSNorm, RotaryEmbedding, Rotation
+from octavo.ops.linear import QuantizedWeight
+from octavo.ops.metadata import AttentionMetadata
+
+
+class TokenEmbedding(nn.Embedding):
+    """Rows of a (vocab_size, dim) table that may be a `QuantizedWeight`, of which only the rows asked for are unpacked."""
+
+    def set_quantized_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        """Replace the Parameter; lookups give `dtype`. From then on it is no parameter."""
+        del self.weight
+        self.weight: Tensor | QuantizedWeight = weight  # type: ignore[assignment]
+        self.out_dtype = dtype
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        if isinstance(self.weight, QuantizedWeight):
+            return self.weight.rows(token_ids, self.out_dtype)
+        return nn.functional.embedding(token_ids, self.weight)
+
+
+class FactoredRotaryEmbedding(RotaryEmbedding):
+    """A rotary embedding whose frequencies are divided one by one: the form in which GGUF stores Llama 3's scaling."""
+
+    factors: tuple[float, ...] = ()
+
+    def inv_freq(self, device: torch.device | str = "cpu", seq_len: int | Tensor | None = None) -> Tensor:
+        return super().inv_freq(device, seq_len) / torch.tensor(self.factors, device=device)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual layer: x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, attn: MultiHeadAttention, mlp: GatedMLP, attn_norm: RMSNorm, mlp_norm: RMSNorm) -> None:
+        super().__init__()
+        self.attn_norm, self.attn = attn_norm, attn
+        self.mlp_norm, self.mlp = mlp_norm, mlp
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, kv_cache: LayerKVCache | None, metadata: AttentionMetadata | None
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), None, kv_cache, metadata, rotation=rotation)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model built from a `ModelConfig`.
+
+    Subclasses override what is theirs. Parameters are created on `device` in `dtype`; the loaders build on "meta" and assign.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self._device, self._dtype = device, dtype
+        self.rope = _make_rope(config, config.rope)
+        self.local_rope = self.rope if config.local_rope is None else _make_rope(config, config.local_rope)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(self.make_layer(index) for index in range(config.num_layers))
+        self.norm = self.make_norm(config.hidden_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    # ---- what a family may change -----------------------------------------------------------------------------------
+
+    @classmethod
+    def read_hf_config(cls, hf: Mapping[str, Any]) -> ModelConfig:
+        """A config.json of this family. Raises `KeyError` for a field that is missing, `ValueError` for one that is wrong."""
+        raise NotImplementedError
+
+    def make_norm(self, dim: int) -> RMSNorm:
+        return RMSNorm(dim, self.config.rms_norm_eps, device=self._device, dtype=self._dtype)
+
+    def make_layer(self, index: int) -> DecoderLayer:
+        config, factory = self.config, {"device": self._device, "dtype": self._dtype}
+        window = config.layer_windows[index]
+        attn = MultiHeadAttention(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            causal=True,
+            window_size=(window - 1, 0) if window else (-1, -1),  # a window of w tokens counts the token itself
+            rope=self.local_rope if window else self.rope,
+            qk_norm=self.make_norm if config.qk_norm else None,
+            bias=config.qkv_bias,
+            out_bias=config.o_bias,
+            softmax_scale=config.softmax_scale,
+            **factory,
+        )
+        d = config.hidden_size
+        mlp = GatedMLP(d, config.intermediate_size, config.hidden_act, bias=config.mlp_bias, **factory)
+        return DecoderLayer(attn, mlp, self.make_norm(d), self.make_norm(d))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self.embed_tokens(token_ids)
+
+    # ---- the forward pass -------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor | None = None,
+        kv_caches: Sequence[LayerKVCache] | None = None,
+        metadata: AttentionMetadata | None = None,
+    ) -> Tensor:
+        """Hidden states after the last norm.
+
+        With `kv_caches` (one per layer) and `metadata`: token_ids (T,) int64 and positions (T,) int64 are a packed batch of
+        new tokens; returns (T, d). Without: token_ids (B, S), positions default to 0, 1, …; returns (B, S, d).
+        """
+        if positions is None:
+            if metadata is not None:
+                raise ValueError(f"positions ({token_ids.shape[0]},) are missing: a packed batch needs them")
+            positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
+        caches = [None] * len(self.layers) if kv_caches is None else kv_caches
+        rotations = {rope: rope(positions, metadata) for rope in {self.rope, self.local_rope}}
+        x = self.embed(token_ids)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, rotations[layer.attn.rope], cache, metadata)
+        return self.norm(x)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden (N, d), or (B, S, d), to logits over the vocabulary, fp32."""
+        logits = self.lm_head(hidden).float()
+        cap = self.config.final_logit_softcap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations: weights may be quantised, norms never are."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+
+def _make_rope(config: ModelConfig, scaling: Mapping[str, Any]) -> RotaryEmbedding:
+    rotary_dim = int(config.head_dim * scaling.get("partial_rotary_factor", 1.0))
+    rope_class = RotaryEmbedding if config.rope_freq_factors is None else FactoredRotaryEmbedding
+    rope = rope_class(
+        rotary_dim, scaling["rope_theta"], scaling=scaling, max_position_embeddings=config.max_position_embeddings
+    )
+    if isinstance(rope, FactoredRotaryEmbedding):
+        rope.factors = config.rope_freq_factors or ()
+    return rope

@@ -1,0 +1,149 @@
+"""What a decoder is made of, in one frozen type, and what Hugging Face's `config.json` files of all families share.
+
+The families differ in a few switches only (biases, q/k norm, windows, scales), so one dataclass holds them all; each family's
+own reading of its `config.json` stands beside its model, that of GGUF metadata in gguf_config.py. Nothing here imports torch.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+
+class _DType(Protocol):
+    @property
+    def itemsize(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One decoder-only model. Complete at construction; sizes in elements, windows in tokens."""
+
+    architecture: str  # the registry's key: "LlamaForCausalLM", …
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Mapping[str, Any]  # Hugging Face's rope parameters: rope_type, rope_theta, factor, …
+    local_rope: Mapping[str, Any] | None = None  # of the sliding-window layers, where it differs (Gemma 3)
+    rope_freq_factors: tuple[float, ...] | None = None  # divide the frequencies one by one (GGUF's rope_freqs.weight)
+    layer_windows: tuple[int, ...]  # per layer: a token sees itself and window − 1 before it; 0 is no window
+    hidden_act: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    softmax_scale: float | None = None  # None is 1/√head_dim
+    final_logit_softcap: float = 0.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype_name: str = "float32"  # of the checkpoint
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        for name in (*sizes, "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
+                raise ValueError(f"{name} of the model config must be a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if len(self.layer_windows) != self.num_layers:
+            raise ValueError(f"{self.num_layers} layers, but {len(self.layer_windows)} layer types in the model config")
+
+    def kv_bytes_per_token(self, dtype: _DType) -> int:
+        """Bytes that one token takes in the KV cache, over all layers, K and V in `dtype` (anything with `itemsize`)."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, tied embeddings counted once, biases and norms included."""
+        d, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = d * (q + 2 * kv) + q * d + self.qkv_bias * (q + 2 * kv) + self.o_bias * d
+        mlp = 3 * d * self.intermediate_size + self.mlp_bias * (2 * self.intermediate_size + d)
+        norms = (4 if self.architecture == "Gemma3ForCausalLM" else 2) * d + self.qk_norm * 2 * self.head_dim
+        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + mlp + norms) + embeddings + d
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The JSON object in `path`. Raises `ValueError` when it is missing or is none."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: expected a directory with Hugging Face's files, or a .gguf file")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def hf_rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`; both give the first form."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
+    if "partial_rotary_factor" in hf:
+        rope.setdefault("partial_rotary_factor", hf["partial_rotary_factor"])
+    if rope["rope_type"] in ("llama3", "yarn", "dynamic"):
+        original = hf.get("original_max_position_embeddings", hf["max_position_embeddings"])
+        rope.setdefault("original_max_position_embeddings", original)
+    return MappingProxyType(rope)
+
+
+def eos_ids(value: Any) -> tuple[int, ...]:
+    """Token ids from an `eos_token_id`, which may be missing, one number or a list."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def hf_common(hf: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The `ModelConfig` fields that every family names alike in its config.json."""
+    heads = hf["num_attention_heads"]
+    return {
+        "architecture": architecture,
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["hidden_size"],
+        "intermediate_size": hf["intermediate_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
+        "max_position_embeddings": hf["max_position_embeddings"],
+        "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "hidden_act": hf.get("hidden_act", "silu"),
+        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+        "bos_token_id": hf.get("bos_token_id"),
+        "eos_token_ids": eos_ids(hf.get("eos_token_id")),
+        "dtype_name": hf.get("dtype") or hf.get("torch_dtype") or "float32",
+        "layer_windows": (0,) * hf["num_hidden_layers"],
+    }
+
+
+def hf_layer_windows(hf: Mapping[str, Any], default_types: list[str]) -> tuple[int, ...]:
+    """Each layer's window from `layer_types` (or the family's default ones) and `sliding_window`."""
+    window = hf.get("sliding_window") or 0
+    types = hf.get("layer_types") or default_types
+    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+    if unknown:
+        raise ValueError(
+            f"layer_types of the model config holds {unknown}; sliding_attention and full_attention are known"
+        )
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)

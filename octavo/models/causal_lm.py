@@ -18,7 +18,7 @@ from octavo.ops.metadata import AttentionMetadata
 
 
 class TokenEmbedding(nn.Embedding):
-    """Rows of a (vocab_size, dim) table that may be a `QuantizedWeight`, of which only the rows asked for are unpacked."""
+    """Rows of a (vocab_size, dim) table; of a `QuantizedWeight`, only the rows asked for are unpacked."""
 
     def set_quantized_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         """Replace the Parameter; lookups give `dtype`. From then on it is no parameter."""
@@ -53,13 +53,15 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, rotation: Rotation, kv_cache: LayerKVCache | None, metadata: AttentionMetadata | None
     ) -> Tensor:
         x = x + self.attn(self.attn_norm(x), None, kv_cache, metadata, rotation=rotation)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
 
 
 class CausalLM(nn.Module):
     """A decoder-only language model built from a `ModelConfig`.
 
-    Subclasses override what is theirs. Parameters are created on `device` in `dtype`; the loaders build on "meta" and assign.
+    Subclasses override what is theirs. Parameters are created on `device` in `dtype`; the loaders build on "meta" and
+    assign.
     """
 
     def __init__(
@@ -81,14 +83,14 @@ class CausalLM(nn.Module):
 
     @classmethod
     def read_hf_config(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        """A config.json of this family. Raises `KeyError` for a field that is missing, `ValueError` for one that is wrong."""
+        """A config.json of this family. Raises `KeyError` for a missing field, `ValueError` for a wrong one."""
         raise NotImplementedError
 
     def make_norm(self, dim: int) -> RMSNorm:
         return RMSNorm(dim, self.config.rms_norm_eps, device=self._device, dtype=self._dtype)
 
     def make_layer(self, index: int) -> DecoderLayer:
-        config, factory = self.config, {"device": self._device, "dtype": self._dtype}
+        config, device, dtype = self.config, self._device, self._dtype
         window = config.layer_windows[index]
         attn = MultiHeadAttention(
             config.hidden_size,
@@ -102,14 +104,16 @@ class CausalLM(nn.Module):
             bias=config.qkv_bias,
             out_bias=config.o_bias,
             softmax_scale=config.softmax_scale,
-            **factory,
+            device=device,
+            dtype=dtype,
         )
         d = config.hidden_size
-        mlp = GatedMLP(d, config.intermediate_size, config.hidden_act, bias=config.mlp_bias, **factory)
+        mlp = GatedMLP(d, config.intermediate_size, config.hidden_act, bias=config.mlp_bias, device=device, dtype=dtype)
         return DecoderLayer(attn, mlp, self.make_norm(d), self.make_norm(d))
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        return self.embed_tokens(token_ids)
+        embedded: Tensor = self.embed_tokens(token_ids)
+        return embedded
 
     # ---- the forward pass -------------------------------------------------------------------------------------------
 
@@ -122,19 +126,21 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Hidden states after the last norm.
 
-        With `kv_caches` (one per layer) and `metadata`: token_ids (T,) int64 and positions (T,) int64 are a packed batch of
-        new tokens; returns (T, d). Without: token_ids (B, S), positions default to 0, 1, …; returns (B, S, d).
+        With `kv_caches` (one per layer) and `metadata`: token_ids (T,) int64 and positions (T,) int64 are a packed
+        batch of new tokens; returns (T, d). Without: token_ids (B, S), positions default to 0, 1, …; returns (B, S, d).
         """
         if positions is None:
             if metadata is not None:
                 raise ValueError(f"positions ({token_ids.shape[0]},) are missing: a packed batch needs them")
             positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
         caches = [None] * len(self.layers) if kv_caches is None else kv_caches
-        rotations = {rope: rope(positions, metadata) for rope in {self.rope, self.local_rope}}
+        rotation = self.rope(positions, metadata)
+        local_rotation = rotation if self.local_rope is self.rope else self.local_rope(positions, metadata)
         x = self.embed(token_ids)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotations[layer.attn.rope], cache, metadata)
-        return self.norm(x)
+        for layer, window, cache in zip(self.layers, self.config.layer_windows, caches, strict=True):
+            x = layer(x, local_rotation if window else rotation, cache, metadata)
+        hidden: Tensor = self.norm(x)
+        return hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, d), or (B, S, d), to logits over the vocabulary, fp32."""

@@ -1,9 +1,10 @@
 """Renders a model's chat template (Jinja, from its files, never from a request) in a sandbox with bounds.
 
-A template is code that a stranger wrote. Jinja's `ImmutableSandboxedEnvironment` keeps it away from Python's insides; on top of
-that come a deadline (a trace function looks at the clock on every line, loops without output included), a limit on the
-template and on its output, and one rule against small expressions with huge results: the product of the sizes of a call's
-arguments, which bounds what `*`, `replace`, `join`, `indent` or `center` can make of them, must stay small.
+A template is code that a stranger wrote. Jinja's `ImmutableSandboxedEnvironment` keeps it away from Python's insides;
+on top of that come a deadline (a trace function looks at the clock on every line, loops without output included), a
+limit on the template and on its output, and one rule against small expressions with huge results: the product of the
+sizes of a call's arguments, which bounds what `*`, `replace`, `join`, `indent` or `center` can make of them, must stay
+small.
 
 Templates are written against transformers' environment, so the same names are there: `raise_exception`, `strftime_now`,
 `tojson` without HTML escapes, loop controls, the `generation` tag.
@@ -22,9 +23,10 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEMPLATE_CHARS = 1 << 17
 MAX_OUTPUT_CHARS = 1 << 24
@@ -74,7 +76,7 @@ def _check_messages(messages: Any) -> None:
         raise ValueError(f"messages must be a non-empty list of {{'role': …, 'content': …}}, got {messages!r:.80}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"messages[{index}] must be an object with a string role, got {message!r:.80}")
+            raise ValueError(f"messages[{index}] must be an object with a string role, got {message!r:.80}")  # noqa: TRY004
 
 
 @contextmanager
@@ -102,7 +104,7 @@ def _bounded(seconds: float) -> Iterator[None]:
 
 
 def _size(value: Any) -> int:
-    """Characters and elements in a value, nested ones included; a number's size is its magnitude, other objects' is 1."""
+    """Characters and elements of a value, nested ones included; a number's magnitude; 1 for other objects."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, bool) or value is None:
@@ -164,7 +166,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         _check_product([getattr(obj, "__self__", None), *args, *kwargs.values()])
         return super().call(context, obj, *args, **kwargs)
 

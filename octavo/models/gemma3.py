@@ -29,7 +29,8 @@ class SandwichLayer(DecoderLayer):
         self, x: Tensor, rotation: Rotation, kv_cache: LayerKVCache | None, metadata: AttentionMetadata | None
     ) -> Tensor:
         x = x + self.attn_out_norm(self.attn(self.attn_norm(x), None, kv_cache, metadata, rotation=rotation))
-        return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
+        x = x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
+        return x
 
 
 class Gemma3ForCausalLM(CausalLM):
@@ -78,6 +79,7 @@ def _ropes(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]
     """Rotary parameters of the global and the local layers; the local ones were never scaled in the older form."""
     nested = hf.get("rope_parameters") or {}
     if "full_attention" in nested:
-        return tuple(hf_rope({**hf, "rope_parameters": nested[k]}) for k in ("full_attention", "sliding_attention"))
+        full, sliding = ({**hf, "rope_parameters": nested[kind]} for kind in ("full_attention", "sliding_attention"))
+        return hf_rope(full), hf_rope(sliding)
     local = {"rope_type": "default", "rope_theta": hf.get("rope_local_base_freq", 10000.0)}
     return hf_rope(hf), MappingProxyType(local)

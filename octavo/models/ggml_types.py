@@ -52,8 +52,8 @@ def _q8_0(blocks: Tensor) -> Tensor:
 def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """(N, 12) bytes → eight 6-bit scales and eight 6-bit minima, (N, 8) fp32 each.
 
-    Bytes 0…3 and 4…7 hold the first four scales and minima in their low six bits and, in their top two, the top two bits of
-    the last four; bytes 8…11 hold the low nibbles of those (scale low, minimum high).
+    Bytes 0…3 and 4…7 hold the first four scales and minima in their low six bits and, in their top two, the top two
+    bits of the last four; bytes 8…11 hold the low nibbles of those (scale low, minimum high).
     """
     low, mid, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = torch.cat([low & 63, (high & 0xF) | (low >> 6 << 4)], dim=1)
@@ -69,19 +69,19 @@ def _k_affine(blocks: Tensor, quants: Tensor) -> Tensor:
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    return _k_affine(blocks, _nibbles(blocks[:, 16:].unflatten(1, (4, 32))).view(-1, 8, 32))
+    return _k_affine(blocks, _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).view(-1, 8, 32))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(8, 1)
     high = ((blocks[:, 16:48].unsqueeze(1) >> shifts) & 1) << 4  # bit i of byte l belongs to element l of sub-block i
-    return _k_affine(blocks, _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).view(-1, 8, 32) | high)
+    return _k_affine(blocks, _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).view(-1, 8, 32) | high)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    low = _nibbles(blocks[:, :128].unflatten(1, (2, 64))).unflatten(2, (4, 32))
+    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).view(-1, 2, 4, 32)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device).view(4, 1)
-    high = (blocks[:, 128:192].unflatten(1, (2, 1, 32)) >> shifts) & 3
+    high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
     quants = (low | (high << 4)).float().sub_(32).view(-1, 16, 16)
     scales = blocks[:, 192:208].view(torch.int8).float() * _half(blocks, 208)
     return (quants * scales.unsqueeze(-1)).flatten(1)

@@ -14,12 +14,13 @@ _GGUF_ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
 }
-# Tokens that end an assistant's turn in one chat format or another: a file's single eos is often only the document's end.
+# Tokens that end an assistant's turn in one chat format or another: a file's single eos is often only the document's
+# end.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    """Read GGUF metadata (`GGUFFile.metadata`); the tensors' shapes tell what the metadata leaves out (ties, biases)."""
+    """Read `GGUFFile.metadata`; the tensors' shapes tell what the metadata leaves out (ties, biases)."""
     arch = metadata.get("general.architecture")
     if arch not in _GGUF_ARCHITECTURES:
         known = ", ".join(sorted(_GGUF_ARCHITECTURES))
@@ -34,7 +35,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tu
         if value is None:
             raise ValueError(f"the GGUF metadata lacks {arch}.{key}")
         if not isinstance(value, int | float | str):
-            raise ValueError(f"{arch}.{key} of the GGUF metadata must be one value, got {type(value).__name__}")
+            raise ValueError(f"{arch}.{key} of the GGUF metadata must be one value, got {type(value).__name__}")  # noqa: TRY004
         return value
 
     embedding = tensor_shapes.get("token_embd.weight")
@@ -73,7 +74,8 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_shapes: Mapping[str, tu
         o_bias="blk.0.attn_output.bias" in tensor_shapes,
         mlp_bias="blk.0.ffn_up.bias" in tensor_shapes,
         qk_norm="blk.0.attn_q_norm.weight" in tensor_shapes,
-        # the one Gemma 3 whose query scale is not head_dim is the 27B: hidden_size / num_heads (llama.cpp knows it by its depth)
+        # the one Gemma 3 whose query scale is not head_dim is the 27B: hidden_size / num_heads (llama.cpp knows it by
+        # its depth)
         softmax_scale=(hidden / heads) ** -0.5 if gemma and layers == 62 else None,
         final_logit_softcap=float(get("final_logit_softcapping", 0.0)),
         tie_word_embeddings="output.weight" not in tensor_shapes,

@@ -1,7 +1,8 @@
 """A tokenizer from GGUF metadata: byte-level BPE ("gpt2") and SentencePiece BPE ("llama").
 
-`tokenizer.ggml.pre` says how text is cut before BPE runs; another cut gives other tokens (digits above all), so an unknown
-name is an error and never a guess. The cuts are those of the models' own tokenizers; their names are llama.cpp's.
+`tokenizer.ggml.pre` says how text is cut before BPE runs; another cut gives other tokens (digits above all), so an
+unknown name is an error and never a guess. The cuts are those of the models' own tokenizers; their names are
+llama.cpp's.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,10 @@ from octavo.models.tokenizer import Tokenizer as OctavoTokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
 
-_LLAMA3_CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2_CUT = _LLAMA3_CUT.replace(r"\p{N}{1,3}", r"\p{N}")
 _GPT2_CUT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -109,7 +113,7 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str], kinds: np
         merges += [(left, right) for left, right in splits if left in vocabulary and right in vocabulary]
     unknown = next((tokens[i] for i in np.flatnonzero(kinds == _UNKNOWN)), None)
     backend = _bpe(tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    spaces = [normalizers.Replace(" ", "▁")]
+    spaces: list[Any] = [normalizers.Replace(" ", "▁")]
     strip = []
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend("▁"))
@@ -127,7 +131,7 @@ def _bpe(tokens: list[str], merges: list[Any], **options: Any) -> Tokenizer:
 
 
 def _add_tokens(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> None:
-    """Control tokens are matched in text before anything else and skipped by decoding; user-defined ones only matched."""
+    """Both kinds are matched in text before anything else; control tokens are also skipped by decoding."""
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         found = [AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(kinds == kind)]
         backend.add_special_tokens(found) if special else backend.add_tokens(found)

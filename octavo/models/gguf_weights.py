@@ -30,8 +30,9 @@ _NOT_WEIGHTS = {"rope_freqs.weight"}  # read into the config
 class GGUFWeights:
     """`WeightSource` of a GGUF file.
 
-    llama.cpp's converter stores Llama's q and k rows with the two halves of a head interleaved, for a rotation of neighbours;
-    they are put back in order here, row by row and still quantised. It stores Gemma's norms as 1 + w; ours hold w.
+    llama.cpp's converter stores Llama's q and k rows with the two halves of a head interleaved, for a rotation of
+    neighbours; they are put back in order here, row by row and still quantised. It stores Gemma's norms as 1 + w; ours
+    hold w.
     """
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
@@ -74,7 +75,7 @@ class GGUFWeights:
         return QuantizedWeight.from_gguf(rows[0] if len(rows) == 1 else np.concatenate(rows), kinds.pop(), shape)
 
     def _rows(self, tensor: GGUFTensor) -> np.ndarray:
-        """Raw bytes, one row per output feature (per element for a bias), in the order of Hugging Face's checkpoints."""
+        """Raw bytes, a row per output feature (or element of a vector), in the order of Hugging Face's checkpoints."""
         rows = tensor.data.reshape(tensor.shape[0], -1) if len(tensor.shape) == 1 else tensor.data
         heads = self._heads.get(tensor.name.split(".")[-2])
         if heads is None:

@@ -1,4 +1,4 @@
-"""Llama (1 to 3.3) and the many that copied it, SmolLM2 among them: the plain pre-norm decoder, grouped queries, SwiGLU."""
+"""Llama (1 to 3.3) and those that copied it, SmolLM2 among them: plain pre-norm decoder, grouped queries, SwiGLU."""
 
 from collections.abc import Mapping
 from typing import Any

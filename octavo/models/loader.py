@@ -1,6 +1,5 @@
 """`load_model`: a path in, a model that answers out, with its tokenizer and what `octavo inspect` says of it."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from octavo.models.registry import build_model, config_from_hf
 from octavo.models.safetensors_weights import SafetensorsWeights
 from octavo.models.tokenizer import Tokenizer
 from octavo.models.weights import WeightSource, load_weights
+from octavo.nn import RMSNorm
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -66,10 +66,10 @@ def load_model(
 ) -> LoadedModel:
     """Load a .gguf file, or a directory with config.json, *.safetensors and tokenizer.json.
 
-    dtype: of activations, and of the weights that are not kept quantised. "auto" is the checkpoint's own; on the CPU, fp32 for
-    a GGUF's quantised weights and for fp16 (which CPUs compute more slowly than fp32). keep_quantized: on the CPU, 4- and
-    8-bit GGUF weights stay as they are; False unpacks them all (exact, slower, larger). progress: a bar, if it takes over 1 s.
-    Raises `ValueError` for a file that is missing, damaged, or of a kind that is not known.
+    dtype: of activations, and of the weights that are not kept quantised. "auto" is the checkpoint's own; on the CPU,
+    fp32 for a GGUF's quantised weights and for fp16 (which CPUs compute more slowly than fp32). keep_quantized: on the
+    CPU, 4- and 8-bit GGUF weights stay as they are; False unpacks them all (exact, slower, larger). progress: a bar, if
+    it takes over 1 s. Raises `ValueError` for a file that is missing, damaged, or of a kind that is not known.
     """
     path, device = Path(path), torch.device(device)
     if path.is_dir():
@@ -100,7 +100,7 @@ def load_dummy_model(
     *,
     seed: int = 0,
 ) -> CausalLM:
-    """A model with random weights (std 0.02, norms at their start) from a config or a directory's config.json: for benchmarks."""
+    """A model with random weights (std 0.02, norms at their start) from a config or a config.json: for benchmarks."""
     if not isinstance(config, ModelConfig):
         config = config_from_hf(Path(config))
     device = torch.device(device)
@@ -111,7 +111,7 @@ def load_dummy_model(
         for parameter in model.parameters():
             parameter.normal_(std=0.02, generator=generator)
         for module in model.modules():
-            if hasattr(module, "unit_offset"):
+            if isinstance(module, RMSNorm):
                 module.reset_parameters()
     return model.eval()
 
@@ -136,8 +136,8 @@ def weight_bytes(model: CausalLM) -> int:
         for weight in [getattr(module, "weight", None)]
         if weight is not None
     }
-    biases = sum(parameter.nbytes for name, parameter in model.named_parameters() if not name.endswith("weight"))
-    return sum(held.values()) + biases
+    others = sum(parameter.nbytes for name, parameter in model.named_parameters() if not name.endswith("weight"))
+    return int(sum(held.values()) + others)
 
 
 def _open_gguf(path: Path) -> GGUFFile:

@@ -18,7 +18,7 @@ class Qwen2ForCausalLM(CausalLM):
 
 def qwen_layer_windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
     """Layers from `max_window_layers` on have the window, and only when `use_sliding_window` says so."""
-    layers, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
+    layers, first = int(hf["num_hidden_layers"]), hf.get("max_window_layers", 28)
     if not hf.get("use_sliding_window", False):
         return (0,) * layers
     kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]

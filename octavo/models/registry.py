@@ -33,7 +33,8 @@ _ARCHITECTURE_OF_MODEL_TYPE = {
 def config_from_hf(source: Path | Mapping[str, Any]) -> ModelConfig:
     """The config of a Hugging Face directory, or of a config.json's content.
 
-    Raises `ValueError` for an architecture that is not in `ARCHITECTURES`, for a field that is missing or makes no sense.
+    Raises `ValueError` for an architecture that is not in `ARCHITECTURES`, for a field that is missing or makes no
+    sense.
     """
     hf = source if isinstance(source, Mapping) else read_json(source / "config.json")
     names = hf.get("architectures") or [_ARCHITECTURE_OF_MODEL_TYPE.get(hf.get("model_type", ""), hf.get("model_type"))]
@@ -42,7 +43,7 @@ def config_from_hf(source: Path | Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"architectures of the model config is {names!r}; known: {', '.join(ARCHITECTURES)}")
     text = hf.get("text_config") or hf
     if not isinstance(text, Mapping):
-        raise ValueError(f"text_config of the model config must be an object, got {type(text).__name__}")
+        raise ValueError(f"text_config of the model config must be an object, got {type(text).__name__}")  # noqa: TRY004
     try:
         return ARCHITECTURES[name].read_hf_config({"eos_token_id": hf.get("eos_token_id"), **text})
     except KeyError as missing:

@@ -1,7 +1,7 @@
 """A directory of safetensors files as a source of weights, with Hugging Face's names.
 
-Files are mapped, not read: a tensor's bytes come from disk when it is cast or copied. The `safetensors` package checks every
-offset and size against the file; a `*.index.json` may name files of its own directory only.
+Files are mapped, not read: a tensor's bytes come from disk when it is cast or copied. The `safetensors` package checks
+every offset and size against the file; a `*.index.json` may name files of its own directory only.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class SafetensorsWeights:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is not a sound safetensors file: {error}") from None
-            for stored in file.keys():  # noqa: SIM118, it is no mapping
+            for stored in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118, it is no mapping
                 name = stored.replace("language_model.", "", 1)
                 if not name.removeprefix("model.").startswith(_OTHER_TOWERS) and not name.endswith(
                     "rotary_emb.inv_freq"
@@ -76,7 +76,8 @@ class SafetensorsWeights:
         if self.kind(name) not in _DTYPES:
             raise ValueError(f"{name} is stored as {self.kind(name)}; {', '.join(sorted(_DTYPES))} are read")
         file, stored = self._files[name]
-        return file.get_tensor(stored).to(device=device, dtype=dtype)
+        tensor: Tensor = file.get_tensor(stored)
+        return tensor.to(device=device, dtype=dtype)
 
     def quantized(self, names: Sequence[str]) -> QuantizedWeight | None:
         return None

@@ -67,7 +67,7 @@ class Tokenizer:
         """`encode` of many texts, in parallel."""
         for text in texts:
             if not isinstance(text, str):
-                raise ValueError(f"text must be a string, got {type(text).__name__}")
+                raise ValueError(f"text must be a string, got {type(text).__name__}")  # noqa: TRY004
             if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
                 raise ValueError(
                     "text holds a lone surrogate, which is not Unicode text; decode your bytes as UTF-8 first"
@@ -137,8 +137,9 @@ class Tokenizer:
     ) -> str:
         """The prompt of a conversation, special tokens included: encode it with `add_special_tokens=False`.
 
-        `add_generation_prompt` opens the assistant's answer. `tools` are OpenAI's function descriptions. `variables` are the
-        template's own switches (such as enable_thinking). Raises `ValueError` when the model has no template or refuses.
+        `add_generation_prompt` opens the assistant's answer. `tools` are OpenAI's function descriptions. `variables`
+        are the template's own switches (such as enable_thinking). Raises `ValueError` when the model has no template or
+        refuses.
         """
         if self._chat_template_source is None:
             raise ChatTemplateError("this model has no chat template; give it a plain prompt")

@@ -1,7 +1,9 @@
-"""Fills a model's parameters from a checkpoint, whatever its format: merges, casts, checks, and keeps quantised what can be.
+"""Fills a model's parameters from a checkpoint, whatever its format: merges, casts, checks, and keeps quantised what
+can be.
 
-A format is a `WeightSource`: it knows which of its tensors make one of our parameters (three for a merged qkv_proj, two for
-gate_up_proj) and reads them. Shapes are compared before anything is read, and every tensor of the file must find its place.
+A format is a `WeightSource`: it knows which of its tensors make one of our parameters (three for a merged qkv_proj, two
+for gate_up_proj) and reads them. Shapes are compared before anything is read, and every tensor of the file must find
+its place.
 """
 
 from collections import Counter

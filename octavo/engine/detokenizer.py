@@ -10,7 +10,11 @@ the tokens' borders lie.
 """
 
 import codecs
+import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+
+from octavo.models.tokenizer import Tokenizer
 
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
@@ -120,3 +124,48 @@ class Detokenizer:
             if any(len(stop) > len(tail) and stop.startswith(tail) for stop in self._stop):
                 return start
         return len(window)
+
+
+def token_bytes_of(tokenizer: Tokenizer, skip_special_tokens: bool) -> TokenBytes:
+    """The bytes of a tokenizer's tokens, by the kind of its decoder: byte-level (GPT-2's alphabet) or SentencePiece.
+
+    A text continues its prompt, so a SentencePiece output keeps the space before its first word. Raises ValueError for
+    other kinds, whose text is no plain concatenation.
+    """
+    state = json.loads(tokenizer.backend.decoder.__getstate__()) if tokenizer.backend.decoder else {"type": None}
+    kinds = {part["type"] for part in state.get("decoders", [state])}
+    if "ByteLevel" in kinds:
+        spell = _byte_level_bytes
+    elif kinds & {"Metaspace", "ByteFallback", "Replace"}:
+        spell = _sentencepiece_bytes
+    else:
+        raise ValueError(f"decoder of tokenizer.json: expected ByteLevel or SentencePiece's, got {state['type']!r}")
+
+    def compute(token_id: int) -> bytes:
+        token = tokenizer.id_to_token(token_id)
+        return b"" if token is None else spell(token)
+
+    return TokenBytes(compute, tokenizer.special_token_ids if skip_special_tokens else ())
+
+
+def _gpt2_alphabet() -> dict[str, int]:
+    """Printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up, in order (Radford 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _gpt2_alphabet()
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    if all(character in _BYTE_OF for character in token):
+        return bytes(_BYTE_OF[character] for character in token)
+    return token.encode()  # an added token, spelt as it is
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if match := _BYTE_TOKEN.fullmatch(token):
+        return bytes.fromhex(match[1])
+    return token.replace("▁", " ").encode()

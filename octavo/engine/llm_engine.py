@@ -1,0 +1,267 @@
+"""The engine: requests in, outputs out, one step at a time. Schedule, run, record.
+
+Synchronous and single-threaded; `LLM` drives it in the caller's thread, `AsyncLLM` in one of its own. A request that is
+wrong is refused by `add_request` and touches nothing else; a step that fails ends the requests in it with reason "error",
+and the engine goes on.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from octavo.engine.beam_search import BeamSearch
+from octavo.engine.candidate import Candidate, LiveRequest
+from octavo.engine.config import EngineConfig
+from octavo.engine.detokenizer import TokenBytes, token_bytes_of
+from octavo.engine.kv_cache import PagedKVCache, default_kv_cache_memory, kv_bytes_per_token, num_blocks_for
+from octavo.engine.logit_rules import bad_word_ids
+from octavo.engine.model_runner import ModelRunner
+from octavo.engine.options import EngineOptions
+from octavo.engine.outputs import RequestOutput
+from octavo.engine.request import Request
+from octavo.engine.request import Sequence as SequenceState
+from octavo.engine.sampler import Sampler
+from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
+from octavo.engine.scheduler import Scheduler
+from octavo.engine.step import StepResult
+from octavo.models import LoadedModel, load_model
+from octavo.models.causal_lm import CausalLM
+from octavo.models.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class LLMEngine:
+    """Owns scheduler, runner and the live requests.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: None serves token ids only.
+        config: sizes; its num_blocks are allocated here.
+        cache_dtype: of the KV cache; the model's activations' by default.
+        seed: for requests that bring none.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig,
+        *,
+        cache_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.scheduler = Scheduler(config)
+        self._encode = None if tokenizer is None else _plain_encoder(tokenizer)
+        self._token_bytes: dict[bool, TokenBytes] = {}
+        if tokenizer is not None:
+            self._token_bytes = {skip: token_bytes_of(tokenizer, skip_special_tokens=skip) for skip in (True, False)}
+        self._eos_token_ids = frozenset(model.config.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
+        cache = PagedKVCache(model, config.num_blocks, config.block_size, cache_dtype or model.dtype, model.device)
+        sampler = Sampler(model.config.vocab_size, model.device, seed, self._encode)
+        self.runner = ModelRunner(
+            model, cache, sampler, max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len
+        )
+        self._live: dict[str, LiveRequest | BeamSearch] = {}
+        self._candidates: dict[int, Candidate] = {}
+
+    @classmethod
+    def from_options(cls, options: EngineOptions) -> "LLMEngine":
+        """Loads the model and sizes everything; the first step may follow."""
+        loaded = load_model(options.model_path(), dtype=options.dtype, device=options.torch_device())
+        return cls.from_loaded(loaded, options)
+
+    @classmethod
+    def from_loaded(cls, loaded: LoadedModel, options: EngineOptions) -> "LLMEngine":
+        """An engine around a model that is already loaded."""
+        model = loaded.model
+        max_model_len = options.resolved_max_model_len(model.config.max_position_embeddings)
+        per_token = kv_bytes_per_token(model, model.dtype)
+        memory = options.kv_cache_memory
+        if memory is None:
+            memory = default_kv_cache_memory(model.device, options.kv_cache_memory_fraction)
+        config = EngineConfig(
+            num_blocks=num_blocks_for(memory, per_token, options.block_size, max_model_len),
+            max_model_len=max_model_len,
+            kv_bytes_per_token=per_token,
+            block_size=options.block_size,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.resolved_max_num_batched_tokens(model.device),
+            enable_prefix_caching=options.enable_prefix_caching,
+            scheduling_policy=options.scheduling_policy,
+        )
+        return cls(model, loaded.tokenizer, config, seed=options.seed)
+
+    # ---- requests in -----------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams | BeamSearchParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        arrival_time: float | None = None,
+        stream: bool = False,
+    ) -> None:
+        """Accepts one prompt, text or token ids. `stream`: `step` reports after each token, not only at the end.
+
+        Raises ValueError, naming the field, for whatever could not be served; nothing has changed then.
+        """
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams | BeamSearchParams):
+            raise ValueError(f"params: expected SamplingParams or BeamSearchParams, got {type(params).__name__}")
+        text = prompt if isinstance(prompt, str) else None
+        request = Request(
+            request_id,
+            self._prompt_token_ids(prompt),
+            params,
+            arrival_time=arrival_time,
+            priority=priority,
+            cache_salt=cache_salt,
+            eos_token_ids=self._eos_token_ids,
+        )
+        if isinstance(params, SamplingParams):
+            self._check_token_rules(params, request)
+        self.scheduler.add_request(request)
+        token_bytes = self._token_bytes.get(getattr(params, "skip_special_tokens", True))
+        if isinstance(params, BeamSearchParams):
+            self._live[request_id] = BeamSearch(request, self.scheduler, text, token_bytes)
+        else:
+            decode = self._decode_token if token_bytes and params.detokenize else None
+            self._live[request_id] = LiveRequest(request, text, stream, token_bytes if decode else None, decode)
+
+    def _prompt_token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("prompt: expected token ids, since this engine has no tokenizer, got text")
+            token_ids = self.tokenizer.encode(prompt)
+            if not token_ids:
+                raise ValueError("prompt: expected a text of at least one token, got an empty one")
+            return token_ids
+        token_ids = list(prompt)
+        vocab_size = self.model.config.vocab_size
+        for position, token_id in enumerate(token_ids):
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"prompt_token_ids: expected integers from 0 to {vocab_size - 1} (the vocabulary), got {token_id!r} "
+                    f"at position {position}"
+                )
+        return token_ids
+
+    def _check_token_rules(self, params: SamplingParams, request: Request) -> None:
+        """Ids must exist, and the rules must leave a token to draw."""
+        vocab_size = self.model.config.vocab_size
+        fields: dict[str, Iterable[int]] = {
+            "logit_bias": params.logit_bias or (),
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "stop_token_ids": params.stop_token_ids,
+        }
+        for field, ids in fields.items():
+            if (highest := max(ids, default=0)) >= vocab_size:
+                raise ValueError(f"{field}: expected token ids below {vocab_size} (the vocabulary), got {highest}")
+        if self.tokenizer is None and (params.bad_words or params.stop):
+            field = "bad_words" if params.bad_words else "stop"
+            raise ValueError(f"{field}: expected none, since this engine has no tokenizer; use token ids")
+        if params.allowed_token_ids is not None:
+            forbidden = set(request.ending_token_ids) if params.min_tokens else set()
+            if params.bad_words and self._encode:
+                forbidden |= {ids[0] for ids in bad_word_ids(params.bad_words, self._encode) if len(ids) == 1}
+            if forbidden.issuperset(params.allowed_token_ids):
+                raise ValueError(
+                    "allowed_token_ids: expected one that min_tokens (which forbids end tokens) and bad_words leave, got "
+                    f"{list(params.allowed_token_ids)[:8]}"
+                )
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Ends a request now; its blocks are free at once, or after the step in flight. Its last output, None if unknown."""
+        live = self._live.get(request_id)
+        if live is None:
+            return None
+        self.scheduler.abort(request_id)
+        return self._close(live)
+
+    def has_unfinished(self) -> bool:
+        return bool(self._live)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._live)
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Computes one step; returns what is new: every streamed request that got a token, every one that finished."""
+        output = self.scheduler.schedule()
+        try:
+            result = self.runner.execute(output)
+        except Exception:
+            logger.exception("A step of %d sequences failed; their requests end with an error", len(output.scheduled))
+            return [self._close(self._live[request.request_id]) for request in self.scheduler.fail_step(output)]
+        return self._record(self.scheduler.update(output, result), result)
+
+    def _record(self, rows: list[SequenceState], result: StepResult) -> list[RequestOutput]:
+        """Text, log probabilities and stop strings of the new tokens."""
+        candidates = self._candidates
+        touched: dict[str, LiveRequest | BeamSearch] = {}
+        for row, (seq, token_id) in enumerate(zip(rows, result.token_ids, strict=True)):
+            candidate = candidates.get(seq.seq_id)
+            if candidate is None:
+                live = self._live.get(seq.request.request_id)
+                if live is None:  # aborted while the step ran
+                    continue
+                touched[live.request.request_id] = live
+                if isinstance(live, BeamSearch):
+                    live.offer(seq, result.top_logprobs[row])
+                    continue
+                candidate = candidates[seq.seq_id] = live.add_candidate(seq)
+            elif candidate.live.stream or seq.finished:
+                touched[seq.request.request_id] = candidate.live
+            if candidate.append(token_id) is not None:
+                self.scheduler.finish(seq, "stop", candidate.stop_string)
+                touched[seq.request.request_id] = candidate.live
+            if candidate.logprobs is not None:
+                assert result.logprobs is not None
+                candidate.add_logprobs(token_id, result.logprobs[row], result.top_logprobs[row])
+        return self._outputs(touched.values())
+
+    def _outputs(self, touched: Iterable[LiveRequest | BeamSearch]) -> list[RequestOutput]:
+        outputs = []
+        now = time.monotonic()
+        for live in touched:
+            live.request.metrics.last_token_time = now
+            if live.request.finished:
+                outputs.append(self._close(live))
+            elif live.stream:
+                outputs.append(live.output())
+        return outputs
+
+    def _close(self, live: LiveRequest | BeamSearch) -> RequestOutput:
+        """The last output of a request that has finished; nothing of it is kept."""
+        del self._live[live.request.request_id]
+        for seq in live.sequences:
+            self._candidates.pop(seq.seq_id, None)
+        return live.output()
+
+    def _decode_token(self, token_id: int) -> str:
+        """The text of one token alone, special ones spelt out: for the reports of log probabilities."""
+        return self._token_bytes[False][token_id].decode("utf-8", "replace")
+
+    # ---- the whole -------------------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Asserts that scheduler, blocks and our own records agree; for tests, between steps."""
+        self.scheduler.check_integrity()
+        assert self._live.keys() == self.scheduler.requests.keys(), "every live request is the scheduler's, and no other"
+        live = {seq.seq_id for request in self._live.values() for seq in request.sequences}
+        assert self._candidates.keys() <= live, "nothing is kept of finished requests"
+
+
+def _plain_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,316 @@
+"""From logits to tokens, for a whole batch at once.
+
+Order, as in vLLM: bias and masks, penalties, greedy or else temperature, min_p, top_k, top_p. Reported log probabilities are
+those of the model, before all of this.
+
+State is kept between steps and changed by differences. Each sequence in the running batch has a slot in the parameter
+table; the selections that depend on who is in the batch (which rows are random, truncated, penalised) are made when the
+batch changes, and a step whose batch is the last one's reuses them. When all rows are greedy, a step is one argmax.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from octavo.engine.beam_search import num_continuations
+from octavo.engine.logit_rules import PenaltyTable, TokenRules, apply_bitmask
+from octavo.engine.outputs import Logprob
+from octavo.engine.request import Request
+from octavo.engine.request import Sequence as SequenceState
+from octavo.engine.sampling_math import argmax, derive_seed, sample_distribution, sample_truncated, uniforms
+from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
+from octavo.engine.step import ScheduledSequence, TopLogprobs
+
+Tensor = torch.Tensor
+
+_GREEDY_BELOW = 1e-5  # a temperature under this overflows fp32 logits; vLLM's bound
+_PLAIN = SamplingParams(temperature=0.0)
+_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _PENALTIES = 0, 1, 2, 3, slice(4, 7)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One token for each row, in order; see StepResult for the meaning of the columns."""
+
+    token_ids: list[int]
+    logprobs: list[float] | None
+    top_logprobs: dict[int, TopLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class _LogprobWish:
+    row: int
+    count: int
+    temperature: float  # 1 for sampling; that of a beam search, which ranks by its own distribution
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What follows from who is in the batch. Rows are samples: an entry with n samples has n."""
+
+    entries: tuple[ScheduledSequence, ...]
+    sequences: list[SequenceState]
+    expand: Tensor | None  # (rows,) entry of each row, when some entry samples more than once
+    wishes: list[_LogprobWish]
+    rules: list[tuple[int, TokenRules]]
+    penalised: list[int]  # rows
+    penalty_rows: list[int]  # theirs in the table
+    penalties: NDArray[np.float64]  # (penalised, 3)
+    random: "_RandomRows | None"
+
+
+@dataclass(slots=True)
+class _RandomRows:
+    """The rows that draw, as indices into the batch, split into those that truncate (top_k, top_p) and those that don't."""
+
+    rows: list[int]
+    rows_tensor: Tensor
+    everyone: bool
+    seeds: NDArray[np.uint64]
+    temperature: Tensor  # (R, 1)
+    log_min_p: Tensor | None  # (R, 1)
+    truncated: Tensor  # indices into rows
+    plain: Tensor
+    top_k: Tensor  # of the truncated
+    top_p: Tensor
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One sequence's parameters, made once."""
+
+    numbers: tuple[float, ...]
+    seed: int
+    rules: TokenRules | None
+    num_logprobs: int | None
+    logprob_temperature: float = 1.0
+    penalty_row: int | None = field(default=None)
+
+
+class Sampler:
+    """Draws the next tokens of a batch. Owned by one model runner, not thread-safe.
+
+    Args:
+        vocab_size: columns of the logits.
+        device: where the logits are.
+        seed: of the requests that bring none; the same engine seed and request ids give the same tokens.
+        encode: text to token ids, for bad_words; None when there is no tokenizer.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        encode: Callable[[str], list[int]] | None = None,
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._device = torch.device(device)
+        self._seed = seed
+        self._encode = encode
+        self._slots: dict[tuple[int, int], _Slot] = {}
+        self._penalties = PenaltyTable(vocab_size, self._device)
+        self._batch = self._make_batch(())
+
+    def sample(
+        self,
+        logits: Tensor,
+        entries: Sequence[ScheduledSequence],
+        token_bitmasks: Mapping[int, Tensor] | None = None,
+    ) -> SampledTokens:
+        """Args:
+        logits: (N, V) fp32, a row for each entry; overwritten.
+        entries: what the scheduler wants sampled.
+        token_bitmasks: by seq_id, int32 (ceil(V / 32),): only tokens whose bit is set may be drawn.
+        """
+        entries = tuple(entries)
+        if entries != self._batch.entries:
+            self._batch = self._make_batch(entries)
+        batch = self._batch
+        if batch.expand is not None:
+            logits = logits[batch.expand]
+        reports = self._raw_logprobs(logits, batch.wishes) if batch.wishes else []
+        self._apply_rules(logits, batch, token_bitmasks)
+        if batch.penalised:
+            logits[batch.penalised] = self._penalties.apply(
+                logits[batch.penalised], batch.penalty_rows, batch.penalties
+            )
+        tokens = self._draw(logits, batch)
+        if batch.penalised:
+            self._penalties.record(batch.penalty_rows, tokens[batch.penalised], batch.penalties[:, 2])
+        token_ids: list[int] = tokens.tolist()
+        if not reports:
+            return SampledTokens(token_ids, None, {})
+        return _report(token_ids, reports)
+
+    def _apply_rules(self, logits: Tensor, batch: _Batch, token_bitmasks: Mapping[int, Tensor] | None) -> None:
+        for row, rules in batch.rules:
+            rules.apply(logits[row], batch.sequences[row])
+        if token_bitmasks:
+            for row, seq in enumerate(batch.sequences):
+                if (bitmask := token_bitmasks.get(seq.seq_id)) is not None:
+                    apply_bitmask(logits[row], bitmask)
+
+    def _draw(self, logits: Tensor, batch: _Batch) -> Tensor:
+        random = batch.random
+        if random is None:
+            return argmax(logits)
+        if random.everyone:
+            return self._draw_random(logits, random, batch.sequences)
+        tokens = argmax(logits)
+        sequences = [batch.sequences[row] for row in random.rows]
+        tokens[random.rows_tensor] = self._draw_random(logits[random.rows_tensor], random, sequences)
+        return tokens
+
+    def _draw_random(self, logits: Tensor, random: _RandomRows, sequences: list[SequenceState]) -> Tensor:
+        positions = np.fromiter(
+            [len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences], np.int64, len(sequences)
+        )
+        uniform = torch.from_numpy(uniforms(random.seeds, positions)).to(self._device)
+        logits = logits / random.temperature
+        if random.log_min_p is not None:
+            logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + random.log_min_p, float("-inf"))
+        if not len(random.truncated):
+            return sample_distribution(logits.softmax(-1), uniform)
+        if not len(random.plain):
+            return sample_truncated(logits, random.top_k, random.top_p, uniform)
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=self._device)
+        rows = random.plain
+        tokens[rows] = sample_distribution(logits[rows].softmax(-1), uniform[rows])
+        rows = random.truncated
+        tokens[rows] = sample_truncated(logits[rows], random.top_k, random.top_p, uniform[rows])
+        return tokens
+
+    # ---- when the batch changes ----------------------------------------------------------------------------------
+
+    def _make_batch(self, entries: tuple[ScheduledSequence, ...]) -> _Batch:
+        sequences = [entry.seq for entry in entries]
+        candidates = [seq.index for seq in sequences]
+        expand = None
+        if any(entry.num_samples != 1 for entry in entries):
+            index = [i for i, entry in enumerate(entries) for _ in range(entry.num_samples)]
+            candidates = [c for entry in entries for c in range(entry.seq.index, entry.seq.index + entry.num_samples)]
+            sequences = [entries[i].seq for i in index]
+            expand = torch.tensor(index, dtype=torch.int64, device=self._device)
+        slots = self._keep_slots(sequences, candidates)
+        penalised = [row for row, slot in enumerate(slots) if slot.penalty_row is not None]
+        return _Batch(
+            entries=entries,
+            sequences=sequences,
+            expand=expand,
+            wishes=[
+                _LogprobWish(row, slot.num_logprobs, slot.logprob_temperature)
+                for row, slot in enumerate(slots)
+                if slot.num_logprobs is not None
+            ],
+            rules=[(row, slot.rules) for row, slot in enumerate(slots) if slot.rules is not None],
+            penalised=penalised,
+            penalty_rows=[row for slot in slots if (row := slot.penalty_row) is not None],
+            penalties=np.array([slots[row].numbers[_PENALTIES] for row in penalised]).reshape(-1, 3),
+            random=self._random_rows(slots),
+        )
+
+    def _keep_slots(self, sequences: list[SequenceState], candidates: list[int]) -> list[_Slot]:
+        """The slots of these sequences, old or new; all others are dropped, so that nothing is kept for the dead.
+
+        A preempted sequence's slot is dropped too: all of it follows from the request and its tokens.
+        """
+        old, self._slots = self._slots, {}
+        slots = []
+        for seq, candidate in zip(sequences, candidates, strict=True):
+            key = seq.seq_id, candidate
+            slot = old.pop(key, None) or self._make_slot(seq, candidate)
+            self._slots[key] = slot
+            slots.append(slot)
+        for slot in old.values():
+            if slot.penalty_row is not None:
+                self._penalties.remove(slot.penalty_row)
+        return slots
+
+    def _make_slot(self, seq: SequenceState, candidate: int) -> _Slot:
+        request = seq.request
+        count: int | None
+        if isinstance(request.params, BeamSearchParams):
+            count = num_continuations(request.params, len(request.eos_token_ids))
+            params, temperature = _PLAIN, request.params.temperature or 1.0
+        else:
+            params, count, temperature = request.params, request.params.logprobs, 1.0
+        rules = TokenRules(params, request.ending_token_ids, self._vocab_size, self._device, self._encode)
+        penalties = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
+        return _Slot(
+            numbers=(params.temperature, params.top_k, params.top_p, params.min_p, *penalties),
+            seed=derive_seed(self._request_seed(request), candidate),
+            rules=rules or None,
+            num_logprobs=None if count is None else min(count, self._vocab_size),
+            logprob_temperature=temperature,
+            penalty_row=None if penalties == (0.0, 0.0, 1.0) else self._penalties.add(seq),
+        )
+
+    def _request_seed(self, request: Request) -> int:
+        if isinstance(request.params, SamplingParams) and request.params.seed is not None:
+            return request.params.seed
+        digest = hashlib.blake2b(request.request_id.encode(), digest_size=8).digest()
+        return derive_seed(self._seed, int.from_bytes(digest, "little"))
+
+    def _random_rows(self, slots: list[_Slot]) -> _RandomRows | None:
+        rows = [row for row, slot in enumerate(slots) if slot.numbers[_TEMPERATURE] >= _GREEDY_BELOW]
+        if not rows:
+            return None
+        numbers = np.array([slots[row].numbers for row in rows])
+        top_k, top_p, min_p = numbers[:, _TOP_K], numbers[:, _TOP_P], numbers[:, _MIN_P]
+        top_k = np.where((top_k <= 0) | (top_k > self._vocab_size), self._vocab_size, top_k).astype(np.int64)
+        truncates = (top_k < self._vocab_size) | (top_p < 1)
+        with np.errstate(divide="ignore"):
+            log_min_p = np.log(min_p).astype(np.float32)
+
+        def put(array: NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(array).to(self._device)
+
+        return _RandomRows(
+            rows=rows,
+            rows_tensor=put(np.array(rows)),
+            everyone=len(rows) == len(slots),
+            seeds=np.array([slots[row].seed for row in rows], dtype=np.uint64),
+            temperature=put(numbers[:, :1].astype(np.float32)),
+            log_min_p=put(log_min_p[:, None]) if min_p.any() else None,
+            truncated=put(np.flatnonzero(truncates)),
+            plain=put(np.flatnonzero(~truncates)),
+            top_k=put(top_k[truncates]),
+            top_p=put(top_p[truncates]),
+        )
+
+    # ---- log probabilities ---------------------------------------------------------------------------------------
+
+    def _raw_logprobs(self, logits: Tensor, wishes: list[_LogprobWish]) -> list[tuple[_LogprobWish, Tensor]]:
+        rows = logits[[wish.row for wish in wishes]]
+        if any(wish.temperature != 1 for wish in wishes):
+            rows = rows / torch.tensor([[wish.temperature] for wish in wishes], device=self._device)
+        return list(zip(wishes, rows.log_softmax(-1), strict=True))
+
+
+def top_logprobs(logprobs: Tensor, token_id: int, count: int) -> tuple[float, TopLogprobs]:
+    """Of one position (V,): the token's own log probability, and its rank with the `count` likeliest tokens."""
+    own = logprobs[token_id]
+    rank = int((logprobs > own).sum()) + 1
+    values, ids = logprobs.topk(count)
+    return float(own), TopLogprobs(ids.tolist(), values.tolist(), rank)
+
+
+def token_logprobs(token_id: int, logprob: float, top: TopLogprobs) -> dict[int, Logprob]:
+    """What a user gets for one position: the token itself first, then the likeliest."""
+    result = {token_id: Logprob(logprob, top.rank)}
+    for rank, (other, value) in enumerate(zip(top.token_ids, top.logprobs, strict=True), 1):
+        result.setdefault(other, Logprob(value, rank))
+    return result
+
+
+def _report(token_ids: list[int], reports: list[tuple[_LogprobWish, Tensor]]) -> SampledTokens:
+    logprobs = [0.0] * len(token_ids)
+    top = {}
+    for wish, row in reports:
+        logprobs[wish.row], top[wish.row] = top_logprobs(row, token_ids[wish.row], wish.count)
+    return SampledTokens(token_ids, logprobs, top)

@@ -1,6 +1,7 @@
 """Octavo: attention that fits.
 
-Names load on first use, so that `import octavo` costs milliseconds and `octavo.nn` brings neither the engine nor Triton.
+Names load on first use, so that `import octavo` costs milliseconds and `octavo.nn` brings neither the engine nor
+Triton.
 """
 
 import importlib
@@ -13,6 +14,24 @@ _EXPORTS = {
     "octavo.engine.sampling_params": ["SamplingParams", "BeamSearchParams"],
     "octavo.engine.outputs": ["RequestOutput", "CompletionOutput"],
     "octavo.engine.async_engine": ["AsyncLLM"],
+    "octavo.ops": [
+        "flash_attn_func",
+        "flash_attn_qkvpacked_func",
+        "flash_attn_kvpacked_func",
+        "flash_attn_varlen_func",
+        "flash_attn_varlen_qkvpacked_func",
+        "flash_attn_varlen_kvpacked_func",
+        "flash_attn_with_kvcache",
+        "flash_mla_with_kvcache",
+        "get_mla_metadata",
+        "merge_attention_states",
+        "mla_attention",
+        "paged_attention",
+        "store_kv_cache",
+        "store_latent_cache",
+        "use_backend",
+        "AttentionMetadata",
+    ],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -25,6 +44,22 @@ if TYPE_CHECKING:
     from octavo.engine.sampling_params import BeamSearchParams as BeamSearchParams
     from octavo.engine.sampling_params import SamplingParams as SamplingParams
     from octavo.llm import LLM as LLM
+    from octavo.ops import AttentionMetadata as AttentionMetadata
+    from octavo.ops import flash_attn_func as flash_attn_func
+    from octavo.ops import flash_attn_kvpacked_func as flash_attn_kvpacked_func
+    from octavo.ops import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func
+    from octavo.ops import flash_attn_varlen_func as flash_attn_varlen_func
+    from octavo.ops import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
+    from octavo.ops import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
+    from octavo.ops import flash_attn_with_kvcache as flash_attn_with_kvcache
+    from octavo.ops import flash_mla_with_kvcache as flash_mla_with_kvcache
+    from octavo.ops import get_mla_metadata as get_mla_metadata
+    from octavo.ops import merge_attention_states as merge_attention_states
+    from octavo.ops import mla_attention as mla_attention
+    from octavo.ops import paged_attention as paged_attention
+    from octavo.ops import store_kv_cache as store_kv_cache
+    from octavo.ops import store_latent_cache as store_latent_cache
+    from octavo.ops import use_backend as use_backend
 
 
 def __getattr__(name: str) -> Any:

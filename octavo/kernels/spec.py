@@ -14,12 +14,14 @@ and, beside each, `refuses_<op>(...) -> str | None` with the same arguments: the
 call, or None when it can.
 
 Score of query i and key j, in this order:
-    s = softmax_scale · q_i·k_j (+ qv_i·v_j inside the scale)  →  softcap · tanh(s / softcap)  →  + ALiBi + bias  →  mask
+    s = softmax_scale · q_i·k_j (+ qv_i·v_j inside the scale)  →  softcap · tanh(s / softcap)  →  + ALiBi + bias  →
+    mask
 ALiBi adds −slope · |i + Sk − Sq − j|. Masks align bottom-right: with p = i + Sk − Sq, key j is seen when
-p − window_left <= j <= p + window_right (a negative bound is no bound; causal is window_right = 0). A sink adds exp(sink_h)
-to the denominator and is part of the LSE. A row that sees nothing (and has no sink) gives output 0 and LSE −inf.
-Dropout keeps probability (i, j) of batch b and head h where the Philox-4x32-10 stream `seed` at offset
-((b·Hq + h)·max_seqlen_q + i)·max_seqlen_k + j (Triton's `tl.rand`) is at least dropout_p, and scales it by 1/(1 − dropout_p).
+p − window_left <= j <= p + window_right (a negative bound is no bound; causal is window_right = 0). A sink adds
+exp(sink_h) to the denominator and is part of the LSE. A row that sees nothing (and has no sink) gives output 0 and
+LSE −inf. Dropout keeps probability (i, j) of batch b and head h where the Philox-4x32-10 stream `seed` at offset
+((b·Hq + h)·max_seqlen_q + i)·max_seqlen_k + j (Triton's `tl.rand`) is at least dropout_p, and scales it by 1/(1 −
+dropout_p).
 """
 
 from dataclasses import dataclass
@@ -51,8 +53,8 @@ class AttentionSpec:
 class AttentionTensors:
     """The optional tensors of one call.
 
-    Dense calls have q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv). With `cu_seqlens_q` q is packed (Tq, Hq, D), with
-    `cu_seqlens_k` k and v are packed too; with `block_table` k and v are (num_blocks, block_size, Hkv, D).
+    Dense calls have q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv). With `cu_seqlens_q` q is packed (Tq, Hq,
+    D), with `cu_seqlens_k` k and v are packed too; with `block_table` k and v are (num_blocks, block_size, Hkv, D).
     """
 
     cu_seqlens_q: Tensor | None = None  # (B + 1,) int32

@@ -1,6 +1,17 @@
 """The public functions: argument checks, dispatch to a kernel, accounting."""
 
+from octavo.ops.dispatch import use_backend as use_backend
+from octavo.ops.flash_attn import flash_attn_func as flash_attn_func
+from octavo.ops.flash_attn import flash_attn_kvpacked_func as flash_attn_kvpacked_func
+from octavo.ops.flash_attn import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func
+from octavo.ops.flash_attn import flash_attn_varlen_func as flash_attn_varlen_func
+from octavo.ops.flash_attn import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
+from octavo.ops.flash_attn import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
+from octavo.ops.kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
+from octavo.ops.merge import merge_attention_states as merge_attention_states
 from octavo.ops.metadata import AttentionMetadata as AttentionMetadata
+from octavo.ops.mla import flash_mla_with_kvcache as flash_mla_with_kvcache
+from octavo.ops.mla import get_mla_metadata as get_mla_metadata
 from octavo.ops.mla import mla_attention as mla_attention
 from octavo.ops.paged import paged_attention as paged_attention
 from octavo.ops.paged import store_kv_cache as store_kv_cache

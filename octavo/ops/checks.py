@@ -14,13 +14,11 @@ def check_shape(name: str, x: Tensor, expected: tuple[int | str, ...]) -> None:
         raise ValueError(f"{name}: expected shape ({', '.join(map(str, expected))}), got {tuple(x.shape)}")
 
 
-def check_index(
-    name: str, x: Tensor, expected: tuple[int | str, ...], device: torch.device, dtype: torch.dtype
-) -> None:
-    """Raise `ValueError` unless x is an integer tensor of this shape and dtype on the device of the data."""
+def check_index(name: str, x: Tensor, expected: tuple[int | str, ...], device: torch.device) -> None:
+    """Raise `ValueError` unless x is an int32 tensor of this shape on the device of the data."""
     check_shape(name, x, expected)
-    if x.dtype != dtype:
-        raise ValueError(f"{name}: expected dtype {dtype}, got {x.dtype}; convert it with .to({dtype})")
+    if x.dtype != torch.int32:
+        raise ValueError(f"{name}: expected dtype torch.int32, got {x.dtype}; convert it with .to(torch.int32)")
     if x.device != device:
         raise ValueError(f"{name}: expected device {device} as q, got {x.device}")
 
@@ -37,6 +35,40 @@ def check_heads(q_heads: int, kv_heads: int) -> None:
         raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
 
 
+def check_floating(name: str, x: Tensor) -> None:
+    """Raise `ValueError` unless x has a dtype that attention computes in."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_broadcast(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless x is a float tensor that broadcasts to `shape`."""
+    sizes = (1,) * (len(shape) - x.dim()) + tuple(x.shape)
+    if len(sizes) != len(shape) or any(size not in (1, wide) for size, wide in zip(sizes, shape, strict=True)):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected a float tensor, got {x.dtype}; turn a mask into 0 and -inf first")
+
+
+def check_score_options(q: Tensor, batch: int, alibi_slopes: Tensor | None, learnable_sink: Tensor | None) -> None:
+    """Raise `ValueError` unless the per-head options fit q's heads."""
+    num_heads = q.shape[-2]
+    if alibi_slopes is not None:
+        check_shape("alibi_slopes", alibi_slopes, (num_heads,) if alibi_slopes.dim() == 1 else (batch, num_heads))
+        if alibi_slopes.dtype != torch.float32:
+            raise ValueError(f"alibi_slopes: expected dtype torch.float32, got {alibi_slopes.dtype}")
+        if alibi_slopes.requires_grad:
+            raise ValueError("alibi_slopes: expected no requires_grad, there is no gradient for it; use attn_bias")
+    if learnable_sink is not None:
+        check_shape("learnable_sink", learnable_sink, (num_heads,))
+
+
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on; the cast carries its own gradient."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def make_spec(
     head_dim: int,
     softmax_scale: float | None,
@@ -46,7 +78,7 @@ def make_spec(
     dropout_p: float = 0.0,
     deterministic: bool = False,
 ) -> AttentionSpec:
-    """The scalar options in one value; `causal` closes the window's right side, softmax_scale defaults to 1/√head_dim."""
+    """The scalar options in one value; `causal` closes the window's right side, the scale defaults to 1/√head_dim."""
     if len(window_size) != 2:
         raise ValueError(f"window_size: expected (left, right), got {window_size!r}")
     left, right = (-1 if side is None or side < 0 else int(side) for side in window_size)

@@ -1,28 +1,37 @@
-"""The ops as torch sees them: `torch.library` custom ops with fakes and autograd, around the kernel that dispatch chooses.
+"""The ops as torch sees them: `torch.library` custom ops with fakes and autograd, around the chosen kernel.
 
-Under `torch.compile` and `torch.export`, and where a gradient is wanted, a call goes through the custom op; otherwise straight to the kernel,
-because a custom op costs about 20 µs in eager mode and a decode step makes dozens of calls. The reference backend is
-plain torch and is called as such, so that it can be differentiated twice.
+Under `torch.compile` and `torch.export`, and where a gradient is wanted, a call goes through the custom op; otherwise
+straight to the kernel, because a custom op costs about 20 µs in eager mode and a decode step makes dozens of calls.
+The reference backend is plain torch and is called as such, so that it can be differentiated twice.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Gradients, Tensor
 from octavo.ops import dispatch
 
 _TENSOR_OPTIONS = (
-    "cu_seqlens_q cu_seqlens_k seqused_q seqused_k leftpad_k block_table qv alibi_slopes learnable_sink attn_bias"
-).split()
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "leftpad_k",
+    "block_table",
+    "qv",
+    "alibi_slopes",
+    "learnable_sink",
+    "attn_bias",
+)
 _DIFFERENTIABLE_OPTIONS = ("qv", "learnable_sink", "attn_bias")
 _OPTIONS_SCHEMA = (
-    ", ".join(f"Tensor? {name}" for name in _TENSOR_OPTIONS) + ", Tensor? dropout_seed, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, float softmax_scale, SymInt window_left, SymInt window_right, float softcap, float dropout_p, "
-    "bool deterministic, str? backend"
+    ", ".join(f"Tensor? {name}" for name in _TENSOR_OPTIONS)
+    + ", Tensor? dropout_seed, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, SymInt window_left, "
+    "SymInt window_right, float softcap, float dropout_p, bool deterministic, str? backend"
 )
 _NUM_OPTIONS = _OPTIONS_SCHEMA.count(",") + 1
 
@@ -38,7 +47,8 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor]:
     """`(out, softmax_lse)`, differentiable in q, k, v, qv, learnable_sink and attn_bias."""
     backend = dispatch.forced_backend(backend)
-    if backend == "reference" or not (_traced(q) or _wants_grad(q, k, v, t.qv, t.learnable_sink, t.attn_bias)):
+    plain = backend == "reference" or not _wants_grad(q, k, v, t.qv, t.learnable_sink, t.attn_bias)
+    if plain and not _traced(q):
         return _flash_fwd(q, k, v, spec, _with_seed(t, dropout_seed), backend)
     return cast(tuple[Tensor, Tensor], _flash_fwd_op(q, k, v, *_flatten(spec, t, dropout_seed, backend)))
 
@@ -148,12 +158,17 @@ def _empty_out(q: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:-1], head_dim_v), q.new_empty(lse_shape, dtype=lse_dtype)
 
 
-@functools.partial(
-    torch.library.custom_op,
-    "octavo::flash_fwd",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
-)
+def _op(name: str, arguments: str, num_outputs: int) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """A custom op of these arguments and the options, which its Python signature takes as a list."""
+    schema = f"({arguments}, {_OPTIONS_SCHEMA}) -> ({', '.join(['Tensor'] * num_outputs)})"
+
+    def register(implementation: Callable[..., Any]) -> CustomOpDef:
+        return torch.library.custom_op(f"octavo::{name}", implementation, mutates_args=(), schema=schema)
+
+    return register
+
+
+@_op("flash_fwd", "Tensor q, Tensor k, Tensor v", num_outputs=2)
 def _flash_fwd_op(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return _flash_fwd(q, k, v, *_unflatten(options))
 
@@ -163,12 +178,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return _empty_out(q, v.shape[-1])
 
 
-@functools.partial(
-    torch.library.custom_op,
-    "octavo::flash_bwd",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
-    f"{_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+@_op(
+    "flash_bwd",
+    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse",
+    num_outputs=6,
 )
 def _flash_bwd_op(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, *options: Any
@@ -230,12 +243,7 @@ _flash_fwd_op.register_autograd(_backward, setup_context=_save_for_backward)
 _flash_bwd_op.register_autograd(_no_second_backward)
 
 
-@functools.partial(
-    torch.library.custom_op,
-    "octavo::paged_attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k_cache, Tensor v_cache, SymInt num_splits, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
-)
+@_op("paged_attention", "Tensor q, Tensor k_cache, Tensor v_cache, SymInt num_splits", num_outputs=2)
 def _paged_attention_op(q: Tensor, k_cache: Tensor, v_cache: Tensor, num_splits: int, *options: Any) -> tuple[Any, ...]:
     spec, t, backend = _unflatten(options)
     results = dispatch.run("paged_attention", q.device, (q, k_cache, v_cache, spec, t, num_splits), backend)
@@ -247,12 +255,7 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, num_splits: int, *options: An
     return _empty_out(q, v_cache.shape[-1])
 
 
-@functools.partial(
-    torch.library.custom_op,
-    "octavo::mla_decode",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor kv_cache, SymInt head_dim_v, SymInt num_splits, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
-)
+@_op("mla_decode", "Tensor q, Tensor kv_cache, SymInt head_dim_v, SymInt num_splits", num_outputs=2)
 def _mla_decode_op(q: Tensor, kv_cache: Tensor, head_dim_v: int, num_splits: int, *options: Any) -> tuple[Any, ...]:
     spec, t, backend = _unflatten(options)
     results = dispatch.run("mla_decode", q.device, (q, kv_cache, head_dim_v, spec, t, num_splits), backend)

@@ -1,16 +1,17 @@
-"""Which kernel serves a call: the first of the device's backends that does not refuse it, and why the others were passed over.
+"""Which kernel serves a call: the first of the device's backends that does not refuse it, and why the others were
+passed over.
 
-A backend is a package under `octavo.kernels`; each of its kernels stands beside a `refuses_<op>` that gives the reason why
-it cannot take a call. Backends are imported on first use, the GPU's only for GPU tensors. Nothing is hidden: a forced
-backend that cannot serve raises, and `octavo.explain` lists every refusal.
+A backend is a package under `octavo.kernels`; each of its kernels stands beside a `refuses_<op>` that gives the
+reason why it cannot take a call. Backends are imported on first use, the GPU's only for GPU tensors. Nothing is
+hidden: a forced backend that cannot serve raises, and `octavo.explain` lists every refusal.
 """
 
 import functools
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,14 @@ _MODULES = {
     "merge_attention_states": ("merge",),
 }
 
-_forced: ContextVar[str | None] = ContextVar("octavo_backend", default=None)
+
+class _Override(threading.local):
+    """The backend that `use_backend` forces on this thread; not a ContextVar, which torch.compile cannot read."""
+
+    backend: str | None = None
+
+
+_override = _Override()
 
 Kernel = Callable[..., Any]
 
@@ -47,16 +55,17 @@ class Choice:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force every octavo call inside to one backend: "hopper", "triton", "cpu" or "reference"; None lets octavo choose.
+    """Force every octavo call of this thread inside to one backend: "hopper", "triton", "cpu" or "reference".
 
-    A call that the backend cannot take raises `ValueError`. "triton" takes CPU tensors when TRITON_INTERPRET=1 is set.
+    None lets octavo choose again. A call that the backend cannot take raises `ValueError`. "triton" takes CPU tensors
+    when TRITON_INTERPRET=1 is set.
     """
     check_backend(name)
-    token = _forced.set(name)
+    previous, _override.backend = _override.backend, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _override.backend = previous
 
 
 def check_backend(name: str | None) -> None:
@@ -68,11 +77,13 @@ def check_backend(name: str | None) -> None:
 def forced_backend(backend: str | None = None) -> str | None:
     """The backend that a call must use: its own argument, else the one of `use_backend`."""
     check_backend(backend)
-    return _forced.get() if backend is None else backend
+    return _override.backend if backend is None else backend
 
 
 def choose(op: str, device: torch.device, arguments: tuple[Any, ...], backend: str | None = None) -> Choice:
-    """The first kernel of `op` that takes `arguments`; only that of `backend` (or of `use_backend`) when one is named."""
+    """The first kernel of `op` that takes `arguments`; only that of `backend` (or of `use_backend`) when one is
+    named.
+    """
     backend = forced_backend(backend)
     candidates = (backend,) if backend else _PREFERENCE.get(device.type, ("reference",))
     passed_over: dict[str, str] = {}

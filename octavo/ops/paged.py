@@ -6,7 +6,7 @@ reads every sequence's blocks through its block table. No gradients.
 
 from octavo.kernels.spec import AttentionTensors, Tensor
 from octavo.ops import custom_ops
-from octavo.ops.checks import check_heads, check_index, check_like, check_shape, make_spec
+from octavo.ops.checks import check_heads, check_index, check_like, check_score_options, check_shape, make_spec
 from octavo.ops.metadata import AttentionMetadata
 
 
@@ -48,9 +48,8 @@ def paged_tensors(q: Tensor, metadata: AttentionMetadata, learnable_sink: Tensor
         ("cache_seqlens", (batch,)),
         ("block_table", (batch, "blocks")),
     ):
-        check_index(name, getattr(metadata, name), expected, q.device, metadata.cache_seqlens.dtype)
-    if learnable_sink is not None:
-        check_shape("learnable_sink", learnable_sink, (q.shape[1],))
+        check_index(name, getattr(metadata, name), expected, q.device)
+    check_score_options(q, batch, None, learnable_sink)
     return AttentionTensors(
         cu_seqlens_q=metadata.cu_seqlens_q,
         max_seqlen_q=metadata.max_seqlen_q,
@@ -75,7 +74,9 @@ def store_kv_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_
 
 
 def store_latent_cache(latent: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write latent (T, R + rope) into kv_cache (num_blocks, block_size, R + rope), in place; slots as `store_kv_cache`."""
+    """Write latent (T, R + rope) into kv_cache (num_blocks, block_size, R + rope), in place; slots as
+    `store_kv_cache`.
+    """
     check_shape("latent", latent, ("T", "R + rope"))
     check_shape("kv_cache", kv_cache, ("num_blocks", "block_size", latent.shape[1]))
     check_shape("slot_mapping", slot_mapping, (latent.shape[0],))

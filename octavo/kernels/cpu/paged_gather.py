@@ -4,6 +4,8 @@ Serves what the in-place kernel (`paged_attention.py`) does not take. Only one s
 loop runs over tokens.
 """
 
+import itertools
+
 import torch
 
 from octavo.kernels.cpu.flash_fwd import flash_fwd, refuses_flash_fwd
@@ -26,7 +28,7 @@ def paged_attention(
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=lse_dtype)
     block_size = k_cache.shape[1]
     ends = t.cu_seqlens_q.tolist()
-    used_q = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    used_q = [end - start for start, end in itertools.pairwise(ends)]
     used_q = used_q if t.seqused_q is None else t.seqused_q.tolist()
     leftpads = [0] * len(used_q) if t.leftpad_k is None else t.leftpad_k.tolist()
     for b, (start, rows, keys, leftpad) in enumerate(zip(ends, used_q, t.seqused_k.tolist(), leftpads, strict=False)):

@@ -1,4 +1,6 @@
-"""Attention over parts of the keys, merged: outputs weighted by exp(LSE_part − LSE), where LSE sums the parts' weights."""
+"""Attention over parts of the keys, merged: outputs weighted by exp(LSE_part − LSE), where LSE sums the parts'
+weights.
+"""
 
 from collections.abc import Sequence
 

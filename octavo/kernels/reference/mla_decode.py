@@ -1,4 +1,6 @@
-"""Absorbed latent attention the plain way: one shared head whose keys are the latents and whose values their first part."""
+"""Absorbed latent attention the plain way: one shared head whose keys are the latents and whose values their first
+part.
+"""
 
 from octavo.kernels.reference.paged_attention import paged_attention
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor

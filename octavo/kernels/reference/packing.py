@@ -25,19 +25,24 @@ def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     return x[index.clamp(max=x.shape[0] - 1)]
 
 
-def unpad(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """(B, S, …) to (total, …); rows of no sequence are 0."""
+def unpad(x: Tensor, cu_seqlens: Tensor, total: int, outside: float = 0.0) -> Tensor:
+    """(B, S, …) to (total, …); rows of no sequence, and those past S, hold `outside`."""
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        return x.new_full((total, *x.shape[2:]), outside)
     token = torch.arange(total, device=x.device)
     batch = torch.searchsorted(cu_seqlens[1:].to(torch.int64).contiguous(), token, right=True)
     inside = batch < x.shape[0]
     batch = batch.clamp(max=x.shape[0] - 1)
-    position = (token - cu_seqlens[batch]).clamp(0, max(x.shape[1] - 1, 0))
-    rows = x[batch, position]
-    return torch.where(inside.reshape(-1, *[1] * (x.dim() - 2)), rows, torch.zeros_like(rows))
+    position = token - cu_seqlens[batch]
+    inside = inside & (position < x.shape[1])
+    rows = x[batch, position.clamp(0, x.shape[1] - 1)]
+    return rows.masked_fill(~inside.reshape(-1, *[1] * (x.dim() - 2)), outside)
 
 
 def gather_pages(cache: Tensor, block_table: Tensor, seqlens: Tensor) -> Tensor:
-    """Pages (num_blocks, P, …) of each sequence side by side, (B, max_blocks · P, …); entries past a length are not read."""
+    """Pages (num_blocks, P, …) of each sequence side by side, (B, max_blocks · P, …); entries past a length are not
+    read.
+    """
     block_size = cache.shape[1]
     first_position = torch.arange(block_table.shape[1], device=cache.device) * block_size
     table = torch.where(first_position < seqlens[:, None], block_table, 0)

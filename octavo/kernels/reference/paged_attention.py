@@ -17,7 +17,9 @@ def refuses_paged_attention(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """q (T, Hq, D) packed by `cu_seqlens_q`, keys by `block_table` and `seqused_k`; `num_splits` changes nothing here."""
+    """q (T, Hq, D) packed by `cu_seqlens_q`, keys by `block_table` and `seqused_k`; `num_splits` changes nothing
+    here.
+    """
     assert t.block_table is not None
     assert t.seqused_k is not None
     k, v = (packing.gather_pages(cache, t.block_table, t.seqused_k) for cache in (k_cache, v_cache))

@@ -6,8 +6,9 @@ large, the softmax puts everything on one key, and almost nothing flows back thr
     python examples/why_scale.py [--quick] [--save]
 
 For each d_k this prints, from random q and k with σ = 1: the variance of q·k beside theory; the entropy of the softmax
-over n keys, raw and scaled, beside that of Gaussian scores of theory's variance, d_k and 1; and the norm of the loss's gradient in the scores of the median query, taken through `octavo.flash_attn_func`. (The mean
-falls more slowly: the few queries with two keys near a tie keep theirs.)
+over n keys, raw and scaled, beside that of Gaussian scores of theory's variance, d_k and 1; and the norm of the loss's
+gradient in the scores of the median query, taken through `octavo.flash_attn_func`. (The mean falls more slowly: the few
+queries with two keys near a tie keep theirs.)
 """
 
 import math
@@ -55,7 +56,7 @@ def mean_entropy(scores: torch.Tensor) -> float:
 
 
 def entropy_theory(variance: float) -> float:
-    """What the variance alone predicts: independent Gaussian scores over KEYS keys (sampled; there is no closed form)."""
+    """What the variance alone predicts: independent Gaussian scores over KEYS keys (sampled: no closed form)."""
     generator = torch.Generator().manual_seed(1)
     return mean_entropy(math.sqrt(variance) * torch.randn(2000, KEYS, generator=generator))
 

@@ -17,13 +17,29 @@ from octavo.ops.linear import QuantizedWeight
 from octavo.ops.metadata import AttentionMetadata
 
 
-class TokenEmbedding(nn.Embedding):
-    """Rows of a (vocab_size, dim) table; of a `QuantizedWeight`, only the rows asked for are unpacked."""
+class TokenEmbedding(nn.Module):
+    """Rows of a (vocab_size, dim) table; of a `QuantizedWeight`, only the rows asked for are unpacked.
+
+    Not an `nn.Embedding`: its initialisation on the meta device imports torch._dynamo, 1.8 s of a cold start.
+    """
+
+    weight: Tensor | QuantizedWeight
+
+    def __init__(
+        self, vocab_size: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight)
 
     def set_quantized_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         """Replace the Parameter; lookups give `dtype`. From then on it is no parameter."""
         del self.weight
-        self.weight: Tensor | QuantizedWeight = weight  # type: ignore[assignment]
+        self.weight = weight
         self.out_dtype = dtype
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -53,8 +69,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, rotation: Rotation, kv_cache: LayerKVCache | None, metadata: AttentionMetadata | None
     ) -> Tensor:
         x = x + self.attn(self.attn_norm(x), None, kv_cache, metadata, rotation=rotation)
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
 
 
 class CausalLM(nn.Module):

@@ -29,8 +29,8 @@ class SandwichLayer(DecoderLayer):
         self, x: Tensor, rotation: Rotation, kv_cache: LayerKVCache | None, metadata: AttentionMetadata | None
     ) -> Tensor:
         x = x + self.attn_out_norm(self.attn(self.attn_norm(x), None, kv_cache, metadata, rotation=rotation))
-        x = x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
-        return x
+        out: Tensor = x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
+        return out
 
 
 class Gemma3ForCausalLM(CausalLM):

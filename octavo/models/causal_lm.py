@@ -29,12 +29,8 @@ class TokenEmbedding(nn.Module):
         self, vocab_size: int, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            nn.init.normal_(self.weight)
+        table = nn.Parameter(torch.empty(vocab_size, dim, device=device, dtype=dtype))
+        self.weight = table if table.is_meta else nn.init.normal_(table)
 
     def set_quantized_weight(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
         """Replace the Parameter; lookups give `dtype`. From then on it is no parameter."""

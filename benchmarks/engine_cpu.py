@@ -2,10 +2,10 @@
 
     python benchmarks/engine_cpu.py --peer-python /path/to/venv/with/peers/bin/python [--json out.json]
 
-Each engine lives in its own process (peers run under `--peer-python`, where `pip install xllamacpp openvino-genai` was
-done), is loaded once and then asked in alternation, so that a busy moment of the machine hits all of them; the others are
-stopped meanwhile (an idle OpenVINO costs llama.cpp half its speed). Every repeat has fresh random prompts, so no engine
-finds one in its prefix cache; all decode greedily and never stop early. Rates in tokens/s:
+Each engine lives in its own process (peers run under `--peer-python`, where `pip install xllamacpp openvino-genai`
+was done), is loaded once and then asked in alternation, so that a busy moment of the machine hits all of them; the
+others are stopped meanwhile (an idle OpenVINO costs llama.cpp half its speed). Every repeat has fresh random prompts,
+so no engine finds one in its prefix cache; all decode greedily and never stop early. Rates in tokens/s:
 
     prefill-512    one prompt of 512 tokens, 1 token out:                 512 / t
     stream-empty   one prompt of 1 token, 128 out:                        127 / (t − t(1 out))

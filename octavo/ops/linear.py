@@ -112,7 +112,18 @@ def linear(x: torch.Tensor, weight: QuantizedWeight | torch.Tensor, bias: torch.
         return F.linear(x, weight, bias)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected a last axis of {weight.shape[1]} for {weight!r}, got shape {tuple(x.shape)}")
-    return F.linear(x.float(), weight.dequantize(), None if bias is None else bias.float()).to(x.dtype)
+    if x.device.type != "cpu" or weight.codes.device.type != "cpu":
+        raise ValueError(
+            f"x: a {weight.qtype} weight multiplies on the CPU, got x on {x.device}; dequantize() the weight"
+        )
+    from octavo.kernels.cpu.quant_linear import quant_linear  # brings llvmlite
+
+    rows = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+    missing = -weight.shape[0] % ROWS
+    if bias is not None:
+        bias = F.pad(bias.detach().float(), (0, missing))
+    out = quant_linear(rows, weight.codes, weight.scales, weight.mins, weight.zero_point, weight.bits, bias)
+    return out[:, : weight.shape[0]].to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def _pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Quantised weights: each type reads as `gguf` itself reads it, and linear layers over them are near exact."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import gguf
 import numpy as np
 import pytest
@@ -65,3 +67,55 @@ def test_what_does_not_fit_is_refused() -> None:
         QuantizedWeight.cat([QuantizedWeight.from_gguf(random_tensor(q, 16)[0], q, (16, IN)) for q in ("Q4_0", "Q4_1")])
     with pytest.raises(ValueError, match="x: expected a last axis of 512"):
         linear(torch.zeros(1, 8), QuantizedWeight.from_gguf(raw, "Q4_1", (16, IN)))
+
+
+def quantized(x: torch.Tensor) -> torch.Tensor:
+    """x rounded as the kernel rounds it: int8 per group of 32, with the scale in fp32."""
+    groups = x.double().unflatten(-1, (-1, 32))
+    scale = (groups.abs().amax(-1, keepdim=True).float() / 127).double()
+    return (torch.round(groups / scale.clamp_min(1e-30)) * scale).flatten(-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 13, 64])
+@pytest.mark.parametrize("rows", [16, 37, 96])
+def test_linear_is_the_exact_product_of_rounded_activations(qtype: str, rows: int, tokens: int) -> None:
+    weight = QuantizedWeight.from_gguf(random_tensor(qtype, rows)[0], qtype, (rows, IN))
+    x = torch.randn(tokens, IN, generator=torch.Generator().manual_seed(tokens))
+    bias = torch.linspace(-1, 1, rows)
+    expected = quantized(x) @ weight.dequantize(torch.float64).T + bias
+    fp32 = 3e-6 * (quantized(x).abs() @ weight.dequantize(torch.float64).abs().T).max()
+    assert (linear(x, weight, bias) - expected).abs().max() < fp32
+
+
+def test_rounding_the_activations_costs_what_the_docstring_says(qtype: str) -> None:
+    weight = QuantizedWeight.from_gguf(random_tensor(qtype, 64)[0], qtype, (64, IN))
+    x = torch.randn(9, IN, generator=torch.Generator().manual_seed(0))
+    bound = (x.unflatten(-1, (-1, 32)).abs().amax(-1) / 254).repeat_interleave(32, -1) @ weight.dequantize().abs().T
+    error = (linear(x, weight) - x @ weight.dequantize().T).abs()
+    assert (error <= bound * 1.001 + 1e-5).all()
+
+
+def test_linear_keeps_dtype_and_leading_axes(qtype: str) -> None:
+    weight = QuantizedWeight.from_gguf(random_tensor(qtype, 37)[0], qtype, (37, IN))
+    x = torch.randn(2, 3, IN, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = linear(x, weight)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, linear(x.float().view(6, IN), weight).bfloat16().view(2, 3, 37))
+    assert linear(x[:0], weight).shape == (0, 3, 37)
+
+
+def test_zeros_and_nans_pass_through(qtype: str) -> None:
+    weight = QuantizedWeight.from_gguf(random_tensor(qtype, 16)[0], qtype, (16, IN))
+    x = torch.zeros(2, IN)
+    x[1, 40] = torch.nan
+    y = linear(x, weight)
+    assert (y[0] == 0).all()
+    assert y[1].isnan().all()
+
+
+def test_concurrent_calls_do_not_disturb_each_other() -> None:
+    weight = QuantizedWeight.from_gguf(random_tensor("Q4_1", 96)[0], "Q4_1", (96, IN))
+    xs = [torch.randn(5, IN, generator=torch.Generator().manual_seed(i)) for i in range(40)]
+    expected = [linear(x, weight) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(a, b) for a, b in zip(pool.map(lambda x: linear(x, weight), xs), expected, strict=True))

@@ -1,0 +1,209 @@
+"""The code of quant_linear.py: imported only to compile it, so that a warm start needs no Numba."""
+
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils
+
+from octavo.kernels.cpu.quant_linear import GROUP, MAX_TOKENS, ROWS
+from octavo.kernels.cpu.simd import (
+    F32,
+    I8,
+    I32,
+    I64,
+    barrier,
+    emitted,
+    int_argument,
+    num_threads,
+    share,
+    thread,
+    vector,
+)
+
+
+def _emit_quantize(code, x, count, codes, scales, sums, zero_point, has_mins):
+    """One row of x, `count` groups: int8 codes, fp32 scales, and the sums as the products need them."""
+    b = code.b
+    with cgutils.for_range(b, count) as loop:
+        g = loop.index
+        values = [code.load(code.offset(x, (g, 4 * GROUP), 64 * half), vector(F32)) for half in range(2)]
+        largest, total = _largest_and_total(code, values)
+        nan = b.fmul(total, ir.Constant(F32, 0.0))  # one NaN or infinity spoils the group's scale, as it must
+        scale = b.fadd(b.fmul(largest, ir.Constant(F32, 1 / 127)), nan)
+        zero = b.fcmp_ordered("==", largest, ir.Constant(F32, 0.0))
+        inverse = b.select(zero, ir.Constant(F32, 0.0), b.fdiv(ir.Constant(F32, 127.0), largest))
+        total = ir.Constant(I32, 0)
+        for half, value in enumerate(values):
+            scaled = code.call("llvm.rint.v16f32", vector(F32), b.fmul(value, code.splat(inverse)))
+            integers = code.call("llvm.fptosi.sat.v16i32.v16f32", vector(I32), scaled)
+            code.store(b.trunc(integers, vector(I8)), code.offset(codes, (g, GROUP), 16 * half))
+            total = b.add(total, code.reduce("add", integers))
+        code.store(scale, code.offset(scales, (g, 4)))
+        with_mins = b.bitcast(b.fmul(b.sitofp(total, F32), scale), I32)
+        without = b.neg(b.mul(total, b.trunc(zero_point, I32)))
+        is_float = b.icmp_signed("!=", has_mins, I64(0))
+        code.store(b.select(is_float, with_mins, without), code.offset(sums, (g, 4)))
+
+
+def _largest_and_total(code, values):
+    absolute = [code.call("llvm.fabs.v16f32", vector(F32), v) for v in values]
+    largest = code.call("llvm.maxnum.v16f32", vector(F32), *absolute)
+    return code.reduce("max", largest), code.reduce("add", code.b.fadd(*values))
+
+
+quantize_row = emitted(_emit_quantize)
+
+
+def make_tile(tokens, blocks, bits, has_mins, wide_scales):
+    """out[tokens, blocks · 16] (+)= activations · weights, over all groups."""
+    code_bytes, scale_bytes = 64 * bits, ROWS * (4 if wide_scales else 2)
+    scale_type = "f32" if wide_scales else "f16"
+    cells = [(t, r) for t in range(tokens) for r in range(blocks)]
+
+    def emit(code, codes, scales, mins, act_codes, act_scales, act_sums, groups, bias, out, out_stride, accumulate):
+        b = code.b
+        slots = {}
+        for t, r in cells:
+            slots[t, r] = code.variable(code.constant(0.0))
+            with b.if_then(b.icmp_signed("!=", bias, I64(0))):
+                b.store(code.load(code.offset(bias, 64 * r), vector(F32)), slots[t, r])
+            with b.if_then(b.icmp_signed("!=", accumulate, I64(0))):
+                before = code.load(code.offset(out, (out_stride, t), 64 * r), vector(F32))
+                b.store(b.fadd(b.load(slots[t, r]), before), slots[t, r])
+        with cgutils.for_range(b, groups) as loop:
+            g = loop.index
+            acts = [code.offset(act_codes, b.mul(groups, I64(GROUP * t)), (g, GROUP)) for t in range(tokens)]
+            factors = [code.offset(b.mul(b.add(b.mul(groups, I64(t)), g), I64(4)), 0) for t in range(tokens)]
+            weights = [code.offset(codes, b.mul(groups, I64(code_bytes * r)), (g, code_bytes)) for r in range(blocks)]
+            sums = {}
+            for t in range(tokens):
+                start = code.constant(0, I32)
+                if not has_mins:
+                    start = code.splat_load(b.add(act_sums, factors[t]), I32)
+                for r in range(blocks):
+                    sums[t, r] = start
+            for step in range(bits):
+                _emit_step(code, sums, [code.offset(w, 64 * step) for w in weights], acts, step, bits)
+            for r in range(blocks):
+                at = b.add(b.mul(groups, I64(scale_bytes * r)), b.mul(g, I64(scale_bytes)))
+                scale = code.load_floats(b.add(scales, at), scale_type)
+                low = code.load_floats(b.add(mins, at), scale_type) if has_mins else None
+                for t in range(tokens):
+                    product = b.fmul(
+                        b.sitofp(sums[t, r], vector(F32)), code.splat_load(b.add(act_scales, factors[t]), F32)
+                    )
+                    value = code.fma(product, scale, b.load(slots[t, r]))
+                    if has_mins:
+                        value = code.fma(low, code.splat_load(b.add(act_sums, factors[t]), F32), value)
+                    b.store(value, slots[t, r])
+        for t, r in cells:
+            code.store(b.load(slots[t, r]), code.offset(out, (out_stride, t), 64 * r))
+
+    return emitted(emit)
+
+
+def _emit_step(code, sums, weights, acts, step, bits):
+    """64 bytes of each row block: 4 inputs of 16 rows, or 8 when they are nibbles."""
+    parts = []  # (offset of the inputs in the group, codes of each row block)
+    loaded = [code.load(w, vector(I8, 64)) for w in weights]
+    if bits == 4:
+        parts.append((4 * step, [code.b.and_(x, code.constant(15, I8, 64)) for x in loaded]))
+        parts.append((16 + 4 * step, [code.b.lshr(x, code.constant(4, I8, 64)) for x in loaded]))
+    else:
+        parts.append((4 * step, loaded))
+    for at, unpacked in parts:
+        for t, act in enumerate(acts):
+            quad = code.b.bitcast(code.splat_load(code.offset(act, at), I32), vector(I8, 64))
+            for r, w in enumerate(unpacked):
+                sums[t, r] = code.dot4(sums[t, r], w, quad, bits)
+
+
+def _make_any_tile(kind):
+    """The tile of two row blocks for 1 to MAX_TOKENS tokens."""
+    tile1, tile2, tile3, tile4, tile5, tile6 = (make_tile(t, 2, *kind) for t in range(1, MAX_TOKENS + 1))
+
+    @njit(error_model="numpy")
+    def tile(size, arguments):
+        if size == 6:
+            tile6(arguments)
+        elif size == 5:
+            tile5(arguments)
+        elif size == 4:
+            tile4(arguments)
+        elif size == 3:
+            tile3(arguments)
+        elif size == 2:
+            tile2(arguments)
+        else:
+            tile1(arguments)
+
+    return tile
+
+
+def make_phases(bits, has_mins, wide_scales):
+    """(quantize, multiply): the two halves of a linear layer, each shared by the threads of a region."""
+    code_bytes, scale_bytes = 64 * bits, ROWS * (4 if wide_scales else 2)
+    kind = (bits, has_mins, wide_scales)
+    tile, edge = _make_any_tile(kind), make_tile(1, 1, *kind)
+    mins_flag = 1 if has_mins else 0
+
+    @njit(error_model="numpy")
+    def quantize(me, threads, x, tokens, groups, zero_point, workspace):
+        scales = workspace + tokens * groups * GROUP
+        sums = scales + tokens * groups * 4
+        first, last = share(tokens, me, threads)
+        for t in range(first, last):
+            row = t * groups
+            quantize_row(
+                (
+                    x + row * GROUP * 4,
+                    groups,
+                    workspace + row * GROUP,
+                    scales + row * 4,
+                    sums + row * 4,
+                    zero_point,
+                    mins_flag,
+                )
+            )
+
+    @njit(error_model="numpy")
+    def multiply(me, threads, workspace, tokens, groups, row_blocks, codes, scales, mins, bias, out, accumulate):
+        act_scales = workspace + tokens * groups * GROUP
+        act_sums = act_scales + tokens * groups * 4
+        stride = row_blocks * ROWS * 4
+        tiles = (tokens + MAX_TOKENS - 1) // MAX_TOKENS
+        first, last = share((row_blocks + 1) // 2, me, threads)
+        for pair in range(first, last):
+            block = 2 * pair
+            w = codes + block * groups * code_bytes
+            s = scales + block * groups * scale_bytes
+            m = mins + block * groups * scale_bytes
+            bias_at = bias + block * 64 if bias != 0 else 0
+            if block + 1 == row_blocks:
+                for t in range(tokens):
+                    a, g = workspace + t * groups * GROUP, t * groups * 4
+                    o = out + t * stride + block * 64
+                    edge((w, s, m, a, act_scales + g, act_sums + g, groups, bias_at, o, stride, accumulate))
+                continue
+            for i in range(tiles):
+                t, end = share(tokens, i, tiles)
+                a, g = workspace + t * groups * GROUP, t * groups * 4
+                o = out + t * stride + block * 64
+                arguments = (w, s, m, a, act_scales + g, act_sums + g, groups, bias_at, o, stride, accumulate)
+                tile(end - t, arguments)
+
+    return quantize, multiply
+
+
+def make_kernel(bits, has_mins, wide_scales):
+    quantize, multiply = make_phases(bits, has_mins, wide_scales)
+
+    def kernel(p):
+        me, threads = thread(p), num_threads(p)
+        x, tokens, groups, row_blocks = int_argument(p, 0), int_argument(p, 1), int_argument(p, 2), int_argument(p, 3)
+        codes, scales, mins, zero_point = int_argument(p, 4), int_argument(p, 5), int_argument(p, 6), int_argument(p, 7)
+        bias, out, workspace = int_argument(p, 8), int_argument(p, 9), int_argument(p, 10)
+        quantize(me, threads, x, tokens, groups, zero_point, workspace)
+        barrier(p)
+        multiply(me, threads, workspace, tokens, groups, row_blocks, codes, scales, mins, bias, out, 0)
+
+    return kernel

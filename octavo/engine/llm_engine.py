@@ -7,7 +7,7 @@ and the engine goes on.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -42,6 +42,7 @@ class LLMEngine:
         config: sizes; its num_blocks are allocated here.
         cache_dtype: of the KV cache; the model's activations' by default.
         seed: for requests that bring none.
+        generation_defaults: what the model's authors recommend, under SamplingParams' names.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class LLMEngine:
         *,
         cache_dtype: torch.dtype | None = None,
         seed: int = 0,
+        generation_defaults: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model
+        self.generation_defaults = generation_defaults or {}
         self.tokenizer = tokenizer
         self.config = config
         self.scheduler = Scheduler(config)
@@ -61,7 +64,9 @@ class LLMEngine:
         self._token_bytes: dict[bool, TokenBytes] = {}
         if tokenizer is not None:
             self._token_bytes = {skip: token_bytes_of(tokenizer, skip_special_tokens=skip) for skip in (True, False)}
-        self._eos_token_ids = frozenset(model.config.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
+        self._eos_token_ids = frozenset(model.config.eos_token_ids) | frozenset(
+            tokenizer.eos_token_ids if tokenizer else ()
+        )
         cache = PagedKVCache(model, config.num_blocks, config.block_size, cache_dtype or model.dtype, model.device)
         sampler = Sampler(model.config.vocab_size, model.device, seed, self._encode)
         self.runner = ModelRunner(
@@ -71,9 +76,12 @@ class LLMEngine:
         self._candidates: dict[int, Candidate] = {}
 
     @classmethod
-    def from_options(cls, options: EngineOptions) -> "LLMEngine":
-        """Loads the model and sizes everything; the first step may follow."""
-        loaded = load_model(options.model_path(), dtype=options.dtype, device=options.torch_device())
+    def from_options(cls, options: EngineOptions, progress: bool = True) -> "LLMEngine":
+        """Loads the model and sizes everything; the first step may follow. `progress`: a bar while it loads."""
+        path, device = options.model_path(), options.torch_device()
+        loaded = load_model(
+            path, dtype=options.dtype, device=device, progress=progress, keep_quantized=options.keep_quantized
+        )
         return cls.from_loaded(loaded, options)
 
     @classmethod
@@ -95,7 +103,7 @@ class LLMEngine:
             enable_prefix_caching=options.enable_prefix_caching,
             scheduling_policy=options.scheduling_policy,
         )
-        return cls(model, loaded.tokenizer, config, seed=options.seed)
+        return cls(model, loaded.tokenizer, config, seed=options.seed, generation_defaults=loaded.generation_defaults)
 
     # ---- requests in -----------------------------------------------------------------------------------------------
 
@@ -134,8 +142,10 @@ class LLMEngine:
         if isinstance(params, BeamSearchParams):
             self._live[request_id] = BeamSearch(request, self.scheduler, text, token_bytes)
         else:
-            decode = self._decode_token if token_bytes and params.detokenize else None
-            self._live[request_id] = LiveRequest(request, text, stream, token_bytes if decode else None, decode)
+            if not params.detokenize:
+                token_bytes = None
+            decode = None if token_bytes is None else self._decode_token
+            self._live[request_id] = LiveRequest(request, text, stream, token_bytes, decode)
 
     def _prompt_token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -258,7 +268,9 @@ class LLMEngine:
     def check_integrity(self) -> None:
         """Asserts that scheduler, blocks and our own records agree; for tests, between steps."""
         self.scheduler.check_integrity()
-        assert self._live.keys() == self.scheduler.requests.keys(), "every live request is the scheduler's, and no other"
+        assert self._live.keys() == self.scheduler.requests.keys(), (
+            "every live request is the scheduler's, and no other"
+        )
         live = {seq.seq_id for request in self._live.values() for seq in request.sequences}
         assert self._candidates.keys() <= live, "nothing is kept of finished requests"
 

@@ -89,9 +89,7 @@ class ModelRunner:
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // kv_cache.block_size))
 
     @torch.inference_mode()
-    def execute(
-        self, output: SchedulerOutput, token_bitmasks: Mapping[int, torch.Tensor] | None = None
-    ) -> StepResult:
+    def execute(self, output: SchedulerOutput, token_bitmasks: Mapping[int, torch.Tensor] | None = None) -> StepResult:
         """Runs one step as `octavo.engine.step` tells it. `token_bitmasks`: see `Sampler.sample`."""
         self.kv_cache.copy_blocks(output.block_copies)
         scheduled = output.scheduled
@@ -159,13 +157,13 @@ class ModelRunner:
                 first = seq.num_computed_tokens
                 targets = seq.token_ids[first + 1 : min(first + 1 + entry.num_new_tokens, seq.num_prompt_tokens)]
                 found = self._logprobs_of(hidden[row : row + len(targets)], targets, wanted)
-                chunks.append(PromptChunkLogprobs(seq, first + 1, found) if first else PromptChunkLogprobs(seq, 0, [None, *found]))
+                chunks.append(
+                    PromptChunkLogprobs(seq, first + 1, found) if first else PromptChunkLogprobs(seq, 0, [None, *found])
+                )
             row += entry.num_new_tokens
         return tuple(chunks)
 
-    def _logprobs_of(
-        self, hidden: torch.Tensor, targets: list[int], count: int
-    ) -> list[dict[int, Logprob] | None]:
+    def _logprobs_of(self, hidden: torch.Tensor, targets: list[int], count: int) -> list[dict[int, Logprob] | None]:
         """For each row (N, d), the log probabilities of its target and of the `count` likeliest tokens."""
         result: list[dict[int, Logprob] | None] = []
         for start in range(0, len(targets), _PROMPT_LOGPROB_ROWS):

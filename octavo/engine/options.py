@@ -18,6 +18,7 @@ class EngineOptions:
 
     model: a directory with safetensors, or a .gguf file; None is the default model (SmolLM2-135M-Instruct).
     dtype: of activations: "auto", "float32", "bfloat16", "float16" or torch's own.
+    keep_quantized: on the CPU, 4- and 8-bit GGUF weights stay as they are; False unpacks them (exact, larger).
     device: "auto" (CUDA if there is a GPU, else the CPU), "cpu", "cuda", "cuda:1", …
     max_model_len: longest prompt and output together, in tokens; None is the model's context.
     block_size: tokens in a block of the cache.
@@ -32,6 +33,7 @@ class EngineOptions:
 
     model: str | Path | None = None
     dtype: str | torch.dtype = "auto"
+    keep_quantized: bool = True
     device: str | torch.device = "auto"
     max_model_len: int | None = None
     block_size: int = 16
@@ -53,6 +55,8 @@ class EngineOptions:
             raise ValueError(f"kv_cache_memory_fraction: expected a number above 0 and at most 1, got {fraction!r}")
         if fraction is not None and self.kv_cache_memory is not None:
             raise ValueError("kv_cache_memory: expected this or kv_cache_memory_fraction, got both")
+        if type(self.keep_quantized) is not bool:
+            raise ValueError(f"keep_quantized: expected True or False, got {self.keep_quantized!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed: expected an integer, got {self.seed!r}")
 
@@ -64,7 +68,8 @@ class EngineOptions:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise ValueError(
-                    f"{name}: unknown option; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+                    f"{name}: unknown option; "
+                    + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
                 )
         return cls(**values)
 
@@ -83,7 +88,9 @@ class EngineOptions:
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {name!r}")
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: {name!r} needs a CUDA GPU, and torch {torch.__version__} sees none; use device='cpu'")
+            raise ValueError(
+                f"device: {name!r} needs a CUDA GPU, and torch {torch.__version__} sees none; use device='cpu'"
+            )
         return device
 
     def resolved_max_model_len(self, context: int) -> int:

@@ -94,10 +94,14 @@ def test_zero_probability_is_never_drawn_even_at_the_ends():
     assert sample_distribution(probs, uniform).tolist() == [77] * 4
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (300, 0.9), (300, 0.2), (7, 0.6), (300, 1e-9), (90, 0.99)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (3, 1.0), (300, 0.9), (300, 0.2), (7, 0.6), (300, 1e-9), (90, 0.99)]
+)
 def test_truncated_distribution(top_k, top_p):
     logits = logits_of(300, 2.0)
-    tokens = sample_truncated(logits.expand(DRAWS, -1), torch.full((DRAWS,), top_k), torch.full((DRAWS,), top_p), draws())
+    tokens = sample_truncated(
+        logits.expand(DRAWS, -1), torch.full((DRAWS,), top_k), torch.full((DRAWS,), top_p), draws()
+    )
     assert_follows(tokens, truncated_probs(logits, top_k, top_p))
 
 
@@ -117,7 +121,9 @@ def test_a_nucleus_wider_than_the_first_attempts():
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 5), st.sampled_from([16, 256, 1000, 4096]), st.integers(1, 300), st.randoms(use_true_random=False))
+@given(
+    st.integers(1, 5), st.sampled_from([16, 256, 1000, 4096]), st.integers(1, 300), st.randoms(use_true_random=False)
+)
 def test_top_entries_are_those_of_topk(rows, vocab, k, random):
     x = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(random.getrandbits(32)))
     k = min(k, vocab)

@@ -12,6 +12,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+MAX_LAYERS = 4096
+_SIZES = {  # the most that is believed: a lie in a config must not cost memory before the weights contradict it
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_layers": MAX_LAYERS,
+    "num_heads": 1 << 16,
+    "num_kv_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": 1 << 31,
+}
+
 
 class _DType(Protocol):
     @property
@@ -49,23 +61,20 @@ class ModelConfig:
     dtype_name: str = "float32"  # of the checkpoint
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        )
-        for name in (*sizes, "max_position_embeddings"):
+        for name, most in _SIZES.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
-                raise ValueError(f"{name} of the model config must be a positive integer, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"{name} of the model config must be an integer from 1 to {most}, got {value!r:.80}")
+        for name, value in (("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope.get("rope_theta"))):
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} of the model config must be a positive number, got {value!r:.80}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if len(self.layer_windows) != self.num_layers:
             raise ValueError(f"{self.num_layers} layers, but {len(self.layer_windows)} layer types in the model config")
+        for window in self.layer_windows:
+            if not isinstance(window, int) or window < 0:
+                raise ValueError(f"sliding_window of the model config must be a positive integer, got {window!r:.80}")
 
     def kv_bytes_per_token(self, dtype: _DType) -> int:
         """Bytes that one token takes in the KV cache, all layers, K and V in `dtype` (anything with `itemsize`)."""
@@ -118,6 +127,8 @@ def eos_ids(value: Any) -> tuple[int, ...]:
 def hf_common(hf: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     """The `ModelConfig` fields that every family names alike in its config.json."""
     heads = hf["num_attention_heads"]
+    if hf["num_hidden_layers"] > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers is {hf['num_hidden_layers']}, at most {MAX_LAYERS} are read")
     return {
         "architecture": architecture,
         "vocab_size": hf["vocab_size"],

@@ -53,10 +53,13 @@ class Gemma3ForCausalLM(CausalLM):
         for refused in ("use_bidirectional_attention", "attn_logit_softcapping"):
             if hf.get(refused):
                 raise ValueError(f"{refused}={hf[refused]!r} of the model config is not supported for Gemma 3 text")
-        pattern = hf.get("sliding_window_pattern", 6)
-        kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(hf["num_hidden_layers"])]
         hf = {"head_dim": 256, "max_position_embeddings": 131072, "rope_theta": 1e6, "sliding_window": 4096, **hf}
-        common = hf_common(hf, cls.__name__) | {
+        common = hf_common(hf, cls.__name__)
+        pattern = hf.get("sliding_window_pattern", 6)
+        kinds = [
+            "full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(common["num_layers"])
+        ]
+        common |= {
             "layer_windows": hf_layer_windows(hf, kinds),
             "hidden_act": hf.get("hidden_activation", "gelu_pytorch_tanh"),
             "tie_word_embeddings": hf.get("tie_word_embeddings", True),

@@ -12,7 +12,8 @@ class Qwen2ForCausalLM(CausalLM):
 
     @classmethod
     def read_hf_config(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        common = hf_common(hf, cls.__name__) | {"layer_windows": qwen_layer_windows(hf)}
+        common = hf_common(hf, cls.__name__)
+        common["layer_windows"] = qwen_layer_windows(hf)
         return ModelConfig(**common, rope=hf_rope(hf), qkv_bias=True)
 
 

@@ -14,5 +14,6 @@ class Qwen3ForCausalLM(CausalLM):
     @classmethod
     def read_hf_config(cls, hf: Mapping[str, Any]) -> ModelConfig:
         bias = hf.get("attention_bias", False)
-        common = hf_common({"head_dim": 128, **hf}, cls.__name__) | {"layer_windows": qwen_layer_windows(hf)}
+        common = hf_common({"head_dim": 128, **hf}, cls.__name__)
+        common["layer_windows"] = qwen_layer_windows(hf)
         return ModelConfig(**common, rope=hf_rope(hf), qk_norm=True, qkv_bias=bias, o_bias=bias)

@@ -3,7 +3,8 @@
     llm = LLM()                                                # the default model; or a directory, or a .gguf file
     print(llm.generate("The capital of France is")[0].text)    # a list of prompts gives as many outputs
 
-All requests of a call run together in one batch that grows and shrinks; their order in the result is that of the prompts.
+All requests of a call run together in one batch that grows and shrinks; their order in the result is that of the
+prompts.
 """
 
 import itertools
@@ -132,7 +133,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         """The likeliest continuations by beam search, best first in each output's `outputs`."""
-        if not isinstance(params, BeamSearchParams):
+        if type(params) is not BeamSearchParams:
             raise ValueError(f"params: expected BeamSearchParams, got {type(params).__name__}")
         return self.generate(prompts, params, use_tqdm=use_tqdm)
 
@@ -144,7 +145,7 @@ class LLM:
         Streams and `generate` calls may be interleaved: all advance with each step.
         """
         params = self.default_params() if params is None else params
-        if not isinstance(params, SamplingParams) or params.n != 1:
+        if type(params) is not SamplingParams or params.n != 1:
             raise ValueError("params: expected SamplingParams with n=1 for a stream; use generate for the others")
         return self._pieces(_content(prompt), params)
 
@@ -207,17 +208,22 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _content(prompt: Prompt) -> str | Sequence[int]:
     """The text or the token ids of one prompt."""
+    field: str = "prompts"
+    content: Any = prompt
     if isinstance(prompt, Mapping):
         if len(prompt) != 1 or next(iter(prompt)) not in ("prompt", "prompt_token_ids"):
             raise ValueError(
                 f"prompts: expected a dict with either 'prompt' or 'prompt_token_ids', got {sorted(prompt)}"
             )
         field, content = next(iter(prompt.items()))
-    else:
-        field, content = "prompts", prompt
-    if isinstance(content, str) if field == "prompt_token_ids" else not isinstance(content, str | Sequence):
-        raise ValueError(f"{field}: expected text or a list of token ids, got {type(content).__name__}")
-    return content  # type: ignore[no-any-return]
+    if isinstance(content, str) and field != "prompt_token_ids":
+        return content
+    if isinstance(content, str | bytes | Mapping) or not isinstance(content, Sequence) or field == "prompt":
+        expected = {"prompt": "text", "prompt_token_ids": "a list of token ids"}.get(
+            field, "text or a list of token ids"
+        )
+        raise ValueError(f"{field}: expected {expected}, got {type(content).__name__}")
+    return content
 
 
 def _raise_if_failed(output: RequestOutput) -> None:

@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 
-CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory) -> Path:
-    """A Llama of 0.2 M parameters in Hugging Face's format: safetensors, config, byte-level tokenizer (id = byte, 256 is
-    <end>, then 20 merged pairs) and a chat template. Its weights are wide enough that attention matters."""
+    """A Llama of 0.1 M parameters in Hugging Face's format: safetensors, config, tokenizer and chat template.
+
+    The tokenizer is byte-level: ids are bytes, 256 is <end>, then come 10 merged pairs. The weights are wide enough
+    that attention matters.
+    """
     import tokenizers
     import torch
     import transformers
@@ -67,8 +73,10 @@ def tiny_loaded(tiny_model_dir):
 
 @pytest.fixture
 def make_engine(tiny_loaded):
-    """Builds an engine around the tiny model: `make_engine(num_blocks=…, **options of EngineOptions)`. After the test every
-    block of every engine must be back."""
+    """Builds an engine around the tiny model: `make_engine(num_blocks=…, **options of EngineOptions)`.
+
+    After the test, all blocks of every engine must be back.
+    """
     from octavo.engine.llm_engine import LLMEngine
     from octavo.engine.options import EngineOptions
 

@@ -1,12 +1,13 @@
 """Beam search over sequences that share their blocks: a beam that splits is forked copy-on-write, never recomputed.
 
-The rules are those of transformers' `generate(num_beams=…, early_stopping=False)`, so that scores and order agree with it.
-Of all continuations of all beams, look at the best (1 + number of end tokens) · beam_width: of these, the best beam_width
-that go on are the next beams; those that end and are among the first beam_width become hypotheses, scored
-cumulative_logprob / output_length ** length_penalty, of which beam_width are kept. The search ends when the best beam, at
-its present length, no longer beats the worst of beam_width hypotheses, or at max_tokens.
+The rules are those of transformers' `generate(num_beams=…, early_stopping=False)`, so that scores and order agree with
+it. Of all continuations of all beams, look at the best (1 + number of end tokens) · beam_width: of these, the best
+beam_width that go on are the next beams; those that end and are among the first beam_width become hypotheses, scored
+cumulative_logprob / output_length ** length_penalty, of which beam_width are kept. The search ends when the best beam,
+at its present length, no longer beats the worst of beam_width hypotheses, or at max_tokens.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -106,7 +107,7 @@ class BeamSearch:
 
     def _keep_hypothesis(self, c: _Continuation, length: int) -> None:
         reason = "stop" if c.token_id in self.request.eos_token_ids else "length"
-        score = c.total / length**self._params.length_penalty
+        score = self._score(c.total, length)
         self.hypotheses.append(Hypothesis(score, [*c.beam.output_token_ids, c.token_id], c.total, reason))
         self.hypotheses.sort(key=lambda h: -h.score)
         del self.hypotheses[self._params.beam_width :]
@@ -114,7 +115,10 @@ class BeamSearch:
     def _can_improve(self, best_total: float, length: int) -> bool:
         if len(self.hypotheses) < self._params.beam_width:
             return True
-        return best_total / length**self._params.length_penalty > self.hypotheses[-1].score
+        return self._score(best_total, length) > self.hypotheses[-1].score
+
+    def _score(self, total: float, length: int) -> float:
+        return total / math.pow(length, self._params.length_penalty)
 
     def _continue(self, beams: list[Sequence], chosen: list[_Continuation]) -> None:
         """Forks before it appends, since a fork copies its parent's tokens; drops the beams that nobody continues."""

@@ -1,6 +1,7 @@
 """What the user sees of one request: the growing text, log probabilities and ends of its candidates.
 
-The scheduler's `Sequence` holds token ids and blocks; here is the rest, kept by the engine until the request's last output.
+The scheduler's `Sequence` holds token ids and blocks; here is the rest, kept by the engine until the request's last
+output.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,8 @@
 """Text from tokens, one token at a time, in constant time each.
 
-A token of a byte-level or SentencePiece vocabulary is a run of bytes, so decoding is joining bytes and reading UTF-8: an
-incremental UTF-8 decoder holds back the bytes of an unfinished character, and no earlier token is ever decoded again.
+A token of a byte-level or SentencePiece vocabulary is a run of bytes, so decoding is joining bytes and reading UTF-8:
+an incremental UTF-8 decoder holds back the bytes of an unfinished character, and no earlier token is ever decoded
+again.
 
 Stop strings may begin in one token and end in another. Text is therefore held back exactly while it may still become a
 stop string (it is a proper prefix of one) and released the moment it can't. Where several stop strings match, the one
@@ -20,7 +21,8 @@ _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class TokenBytes(dict[int, bytes]):
-    """id → bytes of a token, computed on first use (filling a vocabulary of 150,000 ahead would cost 0.2 s at start-up).
+    """id → bytes of a token, computed on first use (filling a vocabulary of 150,000 ahead would cost 0.2 s at
+    start-up).
 
     `compute(token_id)` gives the bytes; `silent` are the ids that stand for no text (special tokens, when skipped).
     """

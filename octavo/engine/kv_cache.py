@@ -1,7 +1,7 @@
 """The paged cache itself: per layer, tensors of num_blocks blocks of block_size tokens, and how many blocks fit.
 
-Which block belongs to whom is the block manager's business; here are only bytes. Memory is reserved once and never grows:
-what the log line says fits, fits. On a CPU the operating system hands out the pages as they are first written.
+Which block belongs to whom is the block manager's business; here are only bytes. Memory is reserved once and never
+grows: what the log line says fits, fits. On a CPU the operating system hands out the pages as they are first written.
 """
 
 import logging
@@ -9,12 +9,13 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from octavo.engine.step import BlockCopy
 from octavo.models.causal_lm import CausalLM
-from octavo.nn.cache import LayerKVCache, LayerLatentCache
+from octavo.nn.cache import HasCache, LayerKVCache, LayerLatentCache
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def _layer_caches(
     model: CausalLM, num_blocks: int, block_size: int, dtype: torch.dtype
 ) -> list[LayerKVCache | LayerLatentCache]:
     """Each attention layer's own kind of cache, without memory behind it."""
-    attention = [module for module in model.modules() if hasattr(module, "new_cache")]
+    attention = [cast(HasCache, module) for module in model.modules() if hasattr(module, "new_cache")]
     return [layer.new_cache(num_blocks, block_size, dtype=dtype, device="meta") for layer in attention]
 
 

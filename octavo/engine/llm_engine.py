@@ -1,8 +1,8 @@
 """The engine: requests in, outputs out, one step at a time. Schedule, run, record.
 
 Synchronous and single-threaded; `LLM` drives it in the caller's thread, `AsyncLLM` in one of its own. A request that is
-wrong is refused by `add_request` and touches nothing else; a step that fails ends the requests in it with reason "error",
-and the engine goes on.
+wrong is refused by `add_request` and touches nothing else; a step that fails ends the requests in it with reason
+"error", and the engine goes on.
 """
 
 import logging
@@ -123,7 +123,7 @@ class LLMEngine:
         Raises ValueError, naming the field, for whatever could not be served; nothing has changed then.
         """
         params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams | BeamSearchParams):
+        if type(params) not in (SamplingParams, BeamSearchParams):
             raise ValueError(f"params: expected SamplingParams or BeamSearchParams, got {type(params).__name__}")
         text = prompt if isinstance(prompt, str) else None
         request = Request(
@@ -160,8 +160,8 @@ class LLMEngine:
         for position, token_id in enumerate(token_ids):
             if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise ValueError(
-                    f"prompt_token_ids: expected integers from 0 to {vocab_size - 1} (the vocabulary), got {token_id!r} "
-                    f"at position {position}"
+                    f"prompt_token_ids: expected integers from 0 to {vocab_size - 1} (the vocabulary), "
+                    f"got {token_id!r} at position {position}"
                 )
         return token_ids
 
@@ -185,12 +185,12 @@ class LLMEngine:
                 forbidden |= {ids[0] for ids in bad_word_ids(params.bad_words, self._encode) if len(ids) == 1}
             if forbidden.issuperset(params.allowed_token_ids):
                 raise ValueError(
-                    "allowed_token_ids: expected one that min_tokens (which forbids end tokens) and bad_words leave, got "
-                    f"{list(params.allowed_token_ids)[:8]}"
+                    "allowed_token_ids: expected one that min_tokens (which forbids end tokens) and bad_words leave, "
+                    f"got {list(params.allowed_token_ids)[:8]}"
                 )
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """Ends a request now; its blocks are free at once, or after the step in flight. Its last output, None if unknown."""
+        """Ends a request now; its blocks are free at once, or after the step in flight. Its last output, if any."""
         live = self._live.get(request_id)
         if live is None:
             return None

@@ -1,7 +1,7 @@
 """What a request does to its logits before a token is drawn: bias, allowed tokens, bad words, min_tokens, penalties.
 
-`TokenRules` holds the rules that few requests have, one object per sequence, applied row by row. `PenaltyTable` holds what
-many may have at once, in tensors: it is updated by the one token per step that changed, never rebuilt.
+`TokenRules` holds the rules that few requests have, one object per sequence, applied row by row. `PenaltyTable` holds
+what many may have at once, in tensors: it is updated by the one token per step that changed, never rebuilt.
 """
 
 from collections.abc import Callable, Sequence

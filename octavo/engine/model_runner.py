@@ -1,7 +1,8 @@
-"""One step on the device: the scheduler's decision as tensors, the model, the logits of the rows that sample, the tokens.
+"""One step on the device: the scheduler's decision as tensors, the model, the logits of the rows that sample, the
+tokens.
 
-The block tables live in one array with a row per sequence; a step writes only the entries that are new. Everything else of
-a batch is computed with NumPy over all sequences at once, since a decode step has no time for Python per sequence.
+The block tables live in one array with a row per sequence; a step writes only the entries that are new. Everything else
+of a batch is computed with NumPy over all sequences at once, since a decode step has no time for Python per sequence.
 """
 
 from collections.abc import Mapping

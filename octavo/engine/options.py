@@ -67,10 +67,8 @@ class EngineOptions:
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                raise ValueError(
-                    f"{name}: unknown option; "
-                    + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
-                )
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"{name}: unknown option; {hint}")
         return cls(**values)
 
     def model_path(self) -> Path:

@@ -1,7 +1,7 @@
 """From logits to tokens, for a whole batch at once.
 
-Order, as in vLLM: bias and masks, penalties, greedy or else temperature, min_p, top_k, top_p. Reported log probabilities are
-those of the model, before all of this.
+Order, as in vLLM: bias and masks, penalties, greedy or else temperature, min_p, top_k, top_p. Reported log
+probabilities are those of the model, before all of this.
 
 State is kept between steps and changed by differences. Each sequence in the running batch has a slot in the parameter
 table; the selections that depend on who is in the batch (which rows are random, truncated, penalised) are made when the
@@ -65,7 +65,7 @@ class _Batch:
 
 @dataclass(slots=True)
 class _RandomRows:
-    """The rows that draw, as indices into the batch, split into those that truncate (top_k, top_p) and those that don't."""
+    """The rows that draw, as indices into the batch: those that truncate (top_k, top_p) and the others."""
 
     rows: list[int]
     rows_tensor: Tensor

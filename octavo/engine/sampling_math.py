@@ -1,8 +1,8 @@
 """The arithmetic of drawing tokens, on whole batches: noise, top-k, nucleus and inverse-CDF sampling.
 
-A draw needs one uniform number per token, taken from a counter-based hash of (seed, candidate, position). So a request's
-tokens depend on nothing but its own seed and logits: not on its neighbours, on preemption, or on the order of the batch
-(a shared generator, or one with state, would give that up). The number then picks a token from the cumulative
+A draw needs one uniform number per token, taken from a counter-based hash of (seed, candidate, position). So a
+request's tokens depend on nothing but its own seed and logits: not on its neighbours, on preemption, or on the order of
+the batch (a shared generator, or one with state, would give that up). The number then picks a token from the cumulative
 distribution; noise for every vocabulary entry (Gumbel, exponential) would cost 30 times as much on a CPU.
 
 Nothing here sorts a vocabulary unless it must: truncation looks at the largest 64 entries, then 1024, then all.
@@ -47,8 +47,9 @@ def argmax(logits: Tensor) -> Tensor:
 def sample_distribution(probs: Tensor, uniform: Tensor) -> Tensor:
     """Draws one index per row of unnormalised `probs` (N, V) fp32 by inverse CDF; `uniform` (N,) float64 in [0, 1).
 
-    Two levels: sums of strided groups of 64 entries, then the entries of the chosen group. A flat fp32 sum over a vocabulary
-    would lose its small entries, a flat fp64 one is four times slower. An entry of probability 0 is never drawn.
+    Two levels: sums of strided groups of 64 entries, then the entries of the chosen group. A flat fp32 sum over a
+    vocabulary would lose its small entries, a flat fp64 one is four times slower. An entry of probability 0 is never
+    drawn.
     """
     n, vocab = probs.shape
     groups = -(-vocab // 64)
@@ -92,10 +93,11 @@ def top_entries(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_truncated(logits: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
-    """Draws from the nucleus `top_p` (N,) of the `top_k` (N,) likeliest entries of `logits` (N, V), temperature applied.
+    """Draws from the nucleus `top_p` (N,) of the `top_k` (N,) likeliest entries of `logits` (N, V), temperature
+    applied.
 
-    The nucleus is the shortest run of the likeliest entries whose renormalised probability reaches top_p (Holtzman et al.
-    2020); the first entry always belongs to it. top_k must be in [1, V].
+    The nucleus is the shortest run of the likeliest entries whose renormalised probability reaches top_p (Holtzman et
+    al. 2020); the first entry always belongs to it. top_k must be in [1, V].
     """
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     rows = torch.arange(len(logits), device=logits.device)

@@ -23,6 +23,9 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> tuple[Tensor, Tensor]:
     """q (T, Hq, D) packed by `cu_seqlens_q` → `(out (T, Hq, Dv), softmax_lse (Hq, T))`."""
+    assert t.cu_seqlens_q is not None
+    assert t.seqused_k is not None
+    assert t.block_table is not None
     out = q.new_zeros(*q.shape[:2], v_cache.shape[-1])
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=lse_dtype)

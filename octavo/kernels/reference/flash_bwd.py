@@ -49,7 +49,7 @@ def flash_bwd(
     dprobs = torch.einsum("bihd,bjhd->bhij", dout, call.v)
     kept = probs[..., :sk]
     if call.keep is not None:
-        factor = call.keep / (1 - spec.dropout_p)
+        factor = call.keep.to(probs.dtype) / (1 - spec.dropout_p)
         kept, dprobs = kept * factor, dprobs * factor
     delta = (probs[..., :sk] * dprobs).sum(dim=-1, keepdim=True)
     if dlse is not None:

@@ -168,6 +168,44 @@ class Code:
         power = self.b.bitcast(self.b.shl(exponent, ir.Constant(integer, _like(integer, 23))), x.type)
         return self.b.fmul(y, power)
 
+    def tanh(self, x):
+        """Cephes' tanhf: an odd polynomial below 0.625, by e^2x above."""
+        kind, constant = x.type, lambda value: ir.Constant(x.type, _like(x.type, value))
+        square = self.b.fmul(x, x)
+        y = constant(-5.70498872745e-3)
+        for c in (2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
+            y = self.fma(y, square, constant(c))
+        near = self.fma(self.b.fmul(y, square), x, x)
+        doubled = self.exp(self.b.fmul(x, constant(2.0)))
+        far = self.b.fsub(constant(1.0), self.b.fdiv(constant(2.0), self.b.fadd(doubled, constant(1.0))))
+        magnitude = self.call(f"llvm.fabs.{_suffix(kind)}", kind, x)
+        return self.b.select(self.b.fcmp_ordered("<", magnitude, constant(0.625)), near, far)
+
+    def store_floats(self, value, address, dtype):
+        """16 fp32 numbers as fp32, fp16 or bf16 (rounded to nearest even)."""
+        if dtype == "f16":
+            value = self.b.fptrunc(value, vector(F16))
+        elif dtype == "bf16":
+            bits = self.b.bitcast(value, vector(I32))
+            odd = self.b.and_(self.b.lshr(bits, self.constant(16, I32)), self.constant(1, I32))
+            rounded = self.b.add(self.b.add(bits, self.constant(0x7FFF, I32)), odd)
+            value = self.b.trunc(self.b.lshr(rounded, self.constant(16, I32)), vector(I16))
+        self.store(value, address)
+
+    def transpose(self, rows):
+        """16 vectors to the 16 vectors of their lanes: four perfect shuffles."""
+        low = [i // 2 + LANES * (i % 2) for i in range(LANES)]
+        masks = [ir.Constant(vector(I32), [i + 8 * half for i in low]) for half in range(2)]
+        for _ in range(4):
+            rows = [self.b.shuffle_vector(rows[i], rows[i + 8], mask) for i in range(8) for mask in masks]
+        return rows
+
+    def add_halves(self, x, y, parts):
+        """x and y hold 16 / parts sums in parts each; the sums of both, in half as many parts."""
+        first = [i for i in range(2 * LANES) if i % parts < parts // 2]
+        halves = [ir.Constant(vector(I32), [i + shift for i in first]) for shift in (0, parts // 2)]
+        return self.b.fadd(*(self.b.shuffle_vector(x, y, half) for half in halves))
+
     def dot4(self, acc, u, s, bits):
         """acc + Σ over each lane's 4 bytes of u (unsigned, below 2^bits) times s (signed): int32 in 16 lanes."""
         _, features = cpu()

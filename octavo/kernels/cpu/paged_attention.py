@@ -1,0 +1,89 @@
+"""Attention over a paged KV cache that reads the blocks where they lie: decode rows and prefill chunks in one call.
+
+Work is cut into items: one sequence, one KV head, up to 48 rows (the query heads of that KV head × a few tokens), so that
+a key is read once for all of them. An item runs over tiles of 64 keys with an online softmax in fp32. The tiles of all items
+are dealt to the threads in equal, contiguous shares, whatever the lengths; an item that two threads share leaves partial
+results, merged after a barrier.
+
+Few rows (decode) multiply each key where it lies and add up lanes by a butterfly; many rows (prefill) first transpose the
+tile's keys, so that lanes are keys and nothing is added across lanes.
+"""
+
+import functools
+import math
+
+import torch
+
+from octavo.kernels.cpu.jit import Kernel
+from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
+
+MAX_ROWS = 48  # of an item
+TILE = 64  # keys
+_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def refuses_paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
+) -> str | None:
+    """Why this kernel cannot take the call, or None."""
+    if q.dtype not in _TYPES or k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
+        return f"it takes fp32, fp16 and bf16, one dtype for all, not {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
+    if q.shape[-1] % 16 or v_cache.shape[-1] % 16 or max(q.shape[-1], v_cache.shape[-1]) > 256:
+        return f"it takes head_dims that are multiples of 16 up to 256, not {q.shape[-1]} and {v_cache.shape[-1]}"
+    if q.shape[1] // k_cache.shape[2] > MAX_ROWS:
+        return f"it takes up to {MAX_ROWS} query heads per KV head, not {q.shape[1] // k_cache.shape[2]}"
+    for name in ("seqused_q", "leftpad_k", "qv", "alibi_slopes", "attn_bias"):
+        if getattr(t, name) is not None:
+            return f"it has no {name}"
+    if spec.dropout_p:
+        return "it has no dropout"
+    if any(x.stride(-1) != 1 for x in (q, k_cache, v_cache)):
+        return "it needs the last axis contiguous"
+    return None
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
+) -> tuple[Tensor, Tensor]:
+    """q (T, Hq, D) packed by `cu_seqlens_q` → `(out (T, Hq, Dv), softmax_lse (Hq, T))`; splits are chosen by the kernel."""
+    tokens, heads, head_dim = q.shape
+    head_dim_v = v_cache.shape[-1]
+    out = q.new_zeros(tokens, heads, head_dim_v)
+    lse = q.new_full((heads, tokens), -math.inf, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    scratch = torch.empty(threads, scratch_bytes(head_dim, head_dim_v), dtype=torch.uint8)
+    sink = t.learnable_sink
+    keep = [x.to(torch.int32).contiguous() for x in (t.cu_seqlens_q, t.seqused_k)]
+    table = t.block_table if t.block_table.stride(1) == 1 else t.block_table.contiguous()
+    sink = None if sink is None else sink.float().contiguous()
+    size = q.element_size()
+    _kernel(head_dim, head_dim_v, _TYPES[q.dtype])(
+        *(q.data_ptr(), q.stride(0) * size, q.stride(1) * size, out.data_ptr(), heads * head_dim_v * size),
+        *(lse.data_ptr(), tokens, len(keep[1]), heads, k_cache.shape[2]),
+        *(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[1]),
+        *(stride * size for cache in (k_cache, v_cache) for stride in cache.stride()[:3]),
+        *(keep[0].data_ptr(), keep[1].data_ptr(), table.data_ptr(), table.stride(0)),
+        *(spec.window_left, spec.window_right, 0 if sink is None else sink.data_ptr()),
+        *(float(spec.softmax_scale), float(spec.softcap)),
+        scratch.data_ptr(),
+        scratch.stride(0),
+        threads=threads,
+    )
+    return out, lse
+
+
+def scratch_bytes(head_dim: int, head_dim_v: int) -> int:
+    """Of one thread: queries, transposed keys, scores, sums, maxima and totals, addresses, two partial results."""
+    partial = MAX_ROWS * (head_dim_v + 2)
+    floats = MAX_ROWS * head_dim + TILE * head_dim + MAX_ROWS * TILE + 3 * partial + 16
+    return -(-(4 * floats + 8 * 2 * TILE) // 64) * 64
+
+
+@functools.cache
+def _kernel(head_dim: int, head_dim_v: int, dtype: str) -> Kernel:
+    def build():
+        from octavo.kernels.cpu.paged_attention_code import make_kernel
+
+        return make_kernel(head_dim, head_dim_v, dtype)
+
+    return Kernel(f"paged-attention-{head_dim}-{head_dim_v}-{dtype}", build)

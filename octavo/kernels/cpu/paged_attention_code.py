@@ -1,0 +1,457 @@
+"""The code of paged_attention.py: imported only to compile it, so that a warm start needs no Numba."""
+
+import math
+
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils
+
+from octavo.kernels.cpu.paged_attention import MAX_ROWS, TILE
+from octavo.kernels.cpu.simd import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    barrier,
+    emitted,
+    f32,
+    float_argument,
+    i32,
+    i64,
+    int_argument,
+    num_threads,
+    share,
+    thread,
+    vector,
+)
+
+DIRECT_ROWS = 7  # up to here keys are multiplied where they lie
+_SIZES = {"f32": 4, "f16": 2, "bf16": 2}
+_jit = njit(error_model="numpy")
+
+
+# ---- emitted pieces --------------------------------------------------------------------------------------------------
+
+
+def make_load_row(width, dtype):
+    """target[width] = source[width] · scale[0], as fp32."""
+
+    def emit(code, source, scale, target):
+        factor = code.splat_load(scale, F32)
+        for i in range(0, width, LANES):
+            value = code.load_floats(code.offset(source, i * _SIZES[dtype]), dtype)
+            code.store(code.b.fmul(value, factor), code.offset(target, 4 * i))
+
+    return emitted(emit)
+
+
+def make_store_row(width, dtype):
+    """target[width] = source[width] · scale[0], from fp32."""
+
+    def emit(code, source, scale, target):
+        factor = code.splat_load(scale, F32)
+        for i in range(0, width, LANES):
+            value = code.b.fmul(code.load(code.offset(source, 4 * i), vector(F32)), factor)
+            code.store_floats(value, code.offset(target, i * _SIZES[dtype]), dtype)
+
+    return emitted(emit)
+
+
+def make_scores_direct(rows, head_dim, dtype):
+    """scores[rows, 16] of 16 keys read where they lie; `keys` holds their addresses."""
+    width, size = head_dim // LANES, _SIZES[dtype]
+
+    def emit(code, queries, keys, scores):
+        q = [
+            [code.load(code.offset(queries, 4 * (r * head_dim + LANES * i)), vector(F32)) for i in range(width)]
+            for r in range(rows)
+        ]
+
+        def products(first, count):
+            if count > 1:
+                halves = [products(first + half * count // 2, count // 2) for half in range(2)]
+                return [code.add_halves(x, y, 2 * LANES // count) for x, y in zip(*halves, strict=True)]
+            key = code.load(code.offset(keys, 8 * first), I64)
+            k = [code.load_floats(code.offset(key, LANES * size * i), dtype) for i in range(width)]
+            sums = [code.b.fmul(q[r][0], k[0]) for r in range(rows)]
+            for i in range(1, width):
+                sums = [code.fma(q[r][i], k[i], sums[r]) for r in range(rows)]
+            return sums
+
+        for r, total in enumerate(products(0, LANES)):
+            code.store(total, code.offset(scores, 4 * r * TILE))
+
+    return emitted(emit)
+
+
+def make_transpose_keys(head_dim, dtype):
+    """target[head_dim, TILE] = keys of one group of 16, transposed."""
+
+    def emit(code, keys, target):
+        addresses = [code.load(code.offset(keys, 8 * j), I64) for j in range(LANES)]
+        with cgutils.for_range(code.b, I64(head_dim // LANES)) as loop:
+            at = [code.offset(a, (loop.index, LANES * _SIZES[dtype])) for a in addresses]
+            columns = code.transpose([code.load_floats(a, dtype) for a in at])
+            for i, column in enumerate(columns):
+                code.store(column, code.offset(target, (loop.index, 4 * TILE * LANES), 4 * TILE * i))
+
+    return emitted(emit)
+
+
+def make_scores_packed(rows, head_dim):
+    """scores[rows, TILE] of a tile of transposed keys."""
+    width = TILE // LANES
+    cells = [(r, i) for r in range(rows) for i in range(width)]
+
+    def emit(code, queries, keys, scores):
+        sums = {cell: code.variable(code.constant(0.0)) for cell in cells}
+        with cgutils.for_range(code.b, I64(head_dim)) as loop:
+            k = [code.load(code.offset(keys, (loop.index, 4 * TILE), 64 * i), vector(F32)) for i in range(width)]
+            for r in range(rows):
+                q = code.splat_load(code.offset(queries, (loop.index, 4), 4 * head_dim * r), F32)
+                for i in range(width):
+                    code.b.store(code.fma(q, k[i], code.b.load(sums[r, i])), sums[r, i])
+        for r, i in cells:
+            code.store(code.b.load(sums[r, i]), code.offset(scores, 4 * TILE * r, 64 * i))
+
+    return emitted(emit)
+
+
+def make_add_values(rows, head_dim_v, dtype):
+    """sums[rows, head_dim_v] += weights[rows, count] · values; `values` holds the rows' addresses."""
+    width, size = head_dim_v // LANES, _SIZES[dtype]
+    cells = [(r, i) for r in range(rows) for i in range(width)]
+
+    def emit(code, weights, values, count, sums):
+        at = {(r, i): code.offset(sums, 4 * (r * head_dim_v + LANES * i)) for r, i in cells}
+        totals = {cell: code.variable(code.load(at[cell], vector(F32))) for cell in cells}
+        with cgutils.for_range(code.b, count) as loop:
+            value = code.load(code.offset(values, (loop.index, 8)), I64)
+            v = [code.load_floats(code.offset(value, LANES * size * i), dtype) for i in range(width)]
+            for r in range(rows):
+                p = code.splat_load(code.offset(weights, (loop.index, 4), 4 * TILE * r), F32)
+                for i in range(width):
+                    code.b.store(code.fma(p, v[i], code.b.load(totals[r, i])), totals[r, i])
+        for cell in cells:
+            code.store(code.b.load(totals[cell]), at[cell])
+
+    return emitted(emit)
+
+
+def make_softmax_row(head_dim_v, with_softcap):
+    """One row's step of the online softmax: scores become weights; maximum, total and sums are brought up to date.
+
+    `low` and `high` bound the visible keys of the tile; `softcap` is the address of the cap and its inverse.
+    """
+
+    def emit(code, scores, groups, low, high, softcap, maximum, total, sums):
+        b = code.b
+        lane = ir.Constant(vector(I32), list(range(LANES)))
+        infinite = code.constant(-math.inf)
+        bounds = [code.splat(b.trunc(x, I32)) for x in (low, high)]
+        largest = code.variable(infinite)
+        with cgutils.for_range(b, groups) as loop:
+            at = code.offset(scores, (loop.index, 4 * LANES))
+            s = code.load(at, vector(F32))
+            if with_softcap:
+                cap, inverse = (code.splat_load(code.offset(softcap, i), F32) for i in (0, 4))
+                s = b.fmul(cap, code.tanh(b.fmul(s, inverse)))
+            index = b.add(lane, code.splat(b.trunc(b.mul(loop.index, I64(LANES)), I32)))
+            seen = b.and_(b.icmp_signed(">=", index, bounds[0]), b.icmp_signed("<", index, bounds[1]))
+            s = b.select(seen, s, infinite)
+            code.store(s, at)
+            # not maxnum: a NaN score must not vanish
+            higher = b.fcmp_unordered(">", s, b.load(largest))
+            b.store(b.select(higher, s, b.load(largest)), largest)
+        before = code.load(maximum, F32)
+        tile_largest = code.reduce("max", b.load(largest))
+        new = b.select(b.fcmp_ordered(">", before, tile_largest), before, tile_largest)
+        nothing = b.fcmp_ordered("==", new, ir.Constant(F32, -math.inf))
+        base = b.select(nothing, ir.Constant(F32, 0.0), new)
+        running = code.variable(code.constant(0.0))
+        with cgutils.for_range(b, groups) as loop:
+            at = code.offset(scores, (loop.index, 4 * LANES))
+            p = code.exp(b.fsub(code.load(at, vector(F32)), code.splat(base)))
+            code.store(p, at)
+            b.store(b.fadd(b.load(running), p), running)
+        fade = code.exp(b.fsub(before, base))
+        tile_total = code.reduce("add", b.load(running))
+        code.store(code.fma(code.load(total, F32), fade, tile_total), total)
+        code.store(new, maximum)
+        fades = code.splat(fade)
+        for i in range(0, head_dim_v, LANES):
+            at = code.offset(sums, 4 * i)
+            code.store(b.fmul(code.load(at, vector(F32)), fades), at)
+
+    return emitted(emit)
+
+
+def by_rows(pieces):
+    """pieces[n - 1] handles n rows: a function that handles any number, in chunks, with strides of its pointers."""
+    largest = len(pieces)
+    one, two, three, four, five, six = (pieces[min(n, largest) - 1] for n in range(1, 7))
+
+    @_jit
+    def run(rows, arguments):
+        if rows == 1:
+            one(arguments)
+        elif rows == 2:
+            two(arguments)
+        elif rows == 3:
+            three(arguments)
+        elif rows == 4:
+            four(arguments)
+        elif rows == 5:
+            five(arguments)
+        else:
+            six(arguments)
+
+    return run, largest
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def make_attention(head_dim, head_dim_v, io_type, kv_type):
+    """(attend, merge): all items of this thread, and after a barrier the items that several threads shared."""
+    registers = 24  # of 32, for sums that stay in them
+    direct, direct_rows = by_rows(
+        [make_scores_direct(n, head_dim, kv_type) for n in range(1, max(1, min(4, registers * LANES // head_dim)) + 1)]
+    )
+    packed, packed_rows = by_rows([make_scores_packed(n, head_dim) for n in range(1, registers * LANES // TILE + 1)])
+    add_values, value_rows = by_rows(
+        [
+            make_add_values(n, head_dim_v, kv_type)
+            for n in range(1, max(1, min(6, registers * LANES // head_dim_v)) + 1)
+        ]
+    )
+    transpose_keys = make_transpose_keys(head_dim, kv_type)
+    softmax_plain, softmax_capped = (make_softmax_row(head_dim_v, capped) for capped in (False, True))
+    load_row, store_row = make_load_row(head_dim, io_type), make_store_row(head_dim_v, io_type)
+    partial_bytes = 4 * MAX_ROWS * (head_dim_v + 2)
+    io_size = _SIZES[io_type]
+
+    queries_at = 64  # the scratch begins with scale, softcap, 1 / softcap, one
+    keys_at = queries_at + 4 * MAX_ROWS * head_dim
+    scores_at = keys_at + 4 * TILE * head_dim
+    addresses_at = scores_at + 4 * MAX_ROWS * TILE
+    sums_at = addresses_at + 16 * TILE  # sums, maxima, totals; then the same twice for partial results
+    maxima, totals = 4 * MAX_ROWS * head_dim_v, 4 * MAX_ROWS * (head_dim_v + 1)
+
+    @_jit
+    def run_tile(scratch, rows, count, capped, group, first_position, start, window_left, window_right):
+        """Scores, softmax and values of one tile whose addresses are in the scratch."""
+        queries, keys, scores = scratch + queries_at, scratch + keys_at, scratch + scores_at
+        addresses, sums = scratch + addresses_at, scratch + sums_at
+        groups = (count + LANES - 1) // LANES
+        if rows <= DIRECT_ROWS:
+            for r in range(0, rows, direct_rows):
+                for g in range(groups):
+                    direct(
+                        min(direct_rows, rows - r),
+                        (queries + 4 * r * head_dim, addresses + 8 * LANES * g, scores + 4 * (r * TILE + LANES * g)),
+                    )
+        else:
+            for g in range(groups):
+                transpose_keys((addresses + 8 * LANES * g, keys + 4 * LANES * g))
+            for r in range(0, rows, packed_rows):
+                packed(min(packed_rows, rows - r), (queries + 4 * r * head_dim, keys, scores + 4 * r * TILE))
+        for r in range(rows):
+            position = first_position + r // group - start
+            low = position - window_left if window_left >= 0 else 0
+            high = min(count, position + window_right + 1) if window_right >= 0 else count
+            row = (
+                scores + 4 * r * TILE,
+                groups,
+                low,
+                high,
+                scratch + 4,
+                sums + maxima + 4 * r,
+                sums + totals + 4 * r,
+                sums + 4 * r * head_dim_v,
+            )
+            if capped:
+                softmax_capped(row)
+            else:
+                softmax_plain(row)
+        for r in range(0, rows, value_rows):
+            add_values(
+                min(value_rows, rows - r),
+                (scores + 4 * r * TILE, addresses + 8 * TILE, count, sums + 4 * r * head_dim_v),
+            )
+
+    @_jit
+    def find_keys(p, scratch, sequence, head, start, count):
+        """The addresses of the tile's keys and values; the last group of 16 is filled up with its last key."""
+        block_size = int_argument(p, 12)
+        table = i32(int_argument(p, 21) + 4 * sequence * int_argument(p, 22))
+        k = int_argument(p, 10) + head * int_argument(p, 15)
+        v = int_argument(p, 11) + head * int_argument(p, 18)
+        addresses = i64(scratch + addresses_at)
+        for j in range((count + LANES - 1) // LANES * LANES):
+            key = start + min(j, count - 1)
+            block, slot = table[key // block_size], key % block_size
+            addresses[j] = k + block * int_argument(p, 13) + slot * int_argument(p, 14)
+            addresses[TILE + j] = v + block * int_argument(p, 16) + slot * int_argument(p, 17)
+
+    @_jit
+    def write_rows(p, scratch, sums, group, rows, first_row, head, sinks):
+        """Normalised results, and LSE where wanted."""
+        lse, heads = int_argument(p, 5), int_argument(p, 8)
+        for r in range(rows):
+            token, h = first_row + r // group, head * group + r % group
+            largest, total = f32(sums + maxima)[r], f32(sums + totals)[r]
+            if sinks != 0:
+                sink = f32(sinks)[h]
+                new = max(largest, sink)
+                fade = math.exp(largest - new)
+                total = total * fade + math.exp(sink - new)
+                f32(scratch)[4] = fade / total
+                largest = new
+            else:
+                f32(scratch)[4] = 1 / total if total != 0 else 0.0
+            out = int_argument(p, 3) + token * int_argument(p, 4) + h * head_dim_v * io_size
+            store_row((sums + 4 * r * head_dim_v, scratch + 16, out))
+            if lse != 0:
+                f32(lse)[h * int_argument(p, 6) + token] = largest + math.log(total) if total != 0 else -math.inf
+
+    @_jit
+    def begin_rows(p, scratch, group, rows, first_row, head):
+        sums = scratch + sums_at
+        for r in range(rows):
+            h = head * group + r % group
+            source = int_argument(p, 0) + (first_row + r // group) * int_argument(p, 1) + h * int_argument(p, 2)
+            load_row((source, scratch, scratch + queries_at + 4 * r * head_dim))
+            f32(sums + maxima)[r] = -math.inf
+            f32(sums + totals)[r] = 0.0
+        for i in range(rows * head_dim_v):
+            f32(sums)[i] = 0.0
+
+    @_jit
+    def copy(source, target, count):
+        for i in range(count):
+            f32(target)[i] = f32(source)[i]
+
+    @_jit
+    def merge_into(target, source, rows):
+        """Joins two partial results; the second's rows fade into the first's."""
+        for r in range(rows):
+            a, b = f32(target + maxima)[r], f32(source + maxima)[r]
+            new = max(a, b)
+            if new == -math.inf:
+                continue
+            fade_a, fade_b = math.exp(a - new), math.exp(b - new)
+            f32(target + maxima)[r] = new
+            f32(target + totals)[r] = f32(target + totals)[r] * fade_a + f32(source + totals)[r] * fade_b
+            for i in range(r * head_dim_v, (r + 1) * head_dim_v):
+                f32(target)[i] = f32(target)[i] * fade_a + f32(source)[i] * fade_b
+
+    @_jit
+    def item_bounds(p, sequence, first, queries):
+        """(rows of q before it, position of its first row, first and last key + 1) of `queries` tokens from `first`."""
+        cu_seqlens = i32(int_argument(p, 19))
+        keys = i32(int_argument(p, 20))[sequence]
+        begin, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
+        position = keys - (end - begin) + first
+        window_left, window_right = int_argument(p, 23), int_argument(p, 24)
+        key_begin = max(0, position - window_left) if window_left >= 0 else 0
+        key_end = min(keys, position + queries + window_right) if window_right >= 0 else keys
+        return begin + first, position, key_begin, max(key_begin, key_end)
+
+    @_jit
+    def total_work(p, group, per_item):
+        work = 0
+        for sequence in range(int_argument(p, 7)):
+            length = i32(int_argument(p, 19))[sequence + 1] - i32(int_argument(p, 19))[sequence]
+            for first in range(0, length, per_item):
+                queries = min(per_item, length - first)
+                _, _, key_begin, key_end = item_bounds(p, sequence, first, queries)
+                tiles = max(1, (key_end - key_begin + TILE - 1) // TILE)
+                work += tiles * (queries * group + 4) * int_argument(p, 9)
+        return work
+
+    @_jit
+    def begin_scratch(p, scratch):
+        cap = float_argument(p, 27)
+        f32(scratch)[0] = float_argument(p, 26)
+        f32(scratch)[1] = cap
+        f32(scratch)[2] = 1 / cap if cap != 0 else 0.0
+
+    @_jit
+    def run_piece(p, scratch, sequence, head, group, bounds, rows, tile_begin, tile_end):
+        """Tiles tile_begin to tile_end of an item, into the scratch's sums."""
+        first_row, position, key_begin, key_end = bounds
+        begin_rows(p, scratch, group, rows, first_row, head)
+        capped = float_argument(p, 27) != 0
+        for tile in range(tile_begin, tile_end):
+            start = key_begin + tile * TILE
+            count = min(TILE, key_end - start)
+            if count > 0:
+                find_keys(p, scratch, sequence, head, start, count)
+                run_tile(
+                    scratch, rows, count, capped, group, position, start, int_argument(p, 23), int_argument(p, 24)
+                )
+
+    @_jit
+    def walk(p, me, threads, merging):
+        """All items in order; this thread's tiles are those that begin in its share of the work.
+
+        First (merging false) it computes them. An item that continues on the next threads is left in the scratch's last
+        partial result, one that began on an earlier thread in the first. Then (merging true) the thread on which an item
+        began joins the pieces.
+        """
+        group = int_argument(p, 8) // int_argument(p, 9)
+        per_item = MAX_ROWS // group
+        work = total_work(p, group, per_item)
+        low, high = share(work, me, threads)
+        scratch = int_argument(p, 28) + me * int_argument(p, 29)
+        begin_scratch(p, scratch)
+        at = 0
+        for sequence in range(int_argument(p, 7)):
+            length = i32(int_argument(p, 19))[sequence + 1] - i32(int_argument(p, 19))[sequence]
+            for first in range(0, length, per_item):
+                queries = min(per_item, length - first)
+                bounds = item_bounds(p, sequence, first, queries)
+                tiles = max(1, (bounds[3] - bounds[2] + TILE - 1) // TILE)
+                rows = queries * group
+                for head in range(int_argument(p, 9)):
+                    cost = rows + 4
+                    tile_begin = max(0, (low - at + cost - 1) // cost)
+                    tile_end = min(tiles, (high - at + cost - 1) // cost)
+                    at += tiles * cost
+                    if tile_begin >= tile_end:
+                        continue
+                    if not merging:
+                        run_piece(p, scratch, sequence, head, group, bounds, rows, tile_begin, tile_end)
+                        if tile_end - tile_begin < tiles:
+                            slot = 1 if tile_begin > 0 else 2
+                            copy(scratch + sums_at, scratch + sums_at + slot * partial_bytes, partial_bytes // 4)
+                        else:
+                            write_rows(
+                                p, scratch, scratch + sums_at, group, rows, bounds[0], head, int_argument(p, 25)
+                            )
+                    elif tile_begin == 0 and tile_end < tiles:
+                        target = scratch + sums_at + 2 * partial_bytes
+                        other = me + 1
+                        while other < threads and share(work, other, threads)[0] < at:
+                            source = int_argument(p, 28) + other * int_argument(p, 29) + sums_at + partial_bytes
+                            begins = (share(work, other, threads)[0] - (at - tiles * cost) + cost - 1) // cost
+                            ends = (share(work, other, threads)[1] - (at - tiles * cost) + cost - 1) // cost
+                            if begins < min(tiles, ends):
+                                merge_into(target, source, rows)
+                            other += 1
+                        write_rows(p, scratch, target, group, rows, bounds[0], head, int_argument(p, 25))
+
+    return walk
+
+
+def make_kernel(head_dim, head_dim_v, dtype):
+    walk = make_attention(head_dim, head_dim_v, dtype, dtype)
+
+    def kernel(p):
+        me, threads = thread(p), num_threads(p)
+        walk(p, me, threads, False)
+        barrier(p)
+        walk(p, me, threads, True)
+
+    return kernel

@@ -68,6 +68,9 @@ class ModelConfig:
         for name, value in (("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope.get("rope_theta"))):
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} of the model config must be a positive number, got {value!r:.80}")
+        part = self.rope.get("partial_rotary_factor", 1.0)
+        if not isinstance(part, int | float) or not 0 < part <= 1:
+            raise ValueError(f"partial_rotary_factor of the model config must be in (0, 1], got {part!r:.80}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if len(self.layer_windows) != self.num_layers:

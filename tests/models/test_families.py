@@ -1,5 +1,5 @@
-"""Every family equals transformers on tiny random weights: without a cache, and through a paged cache in every manner that
-the engine fills one. The weights have std 0.2, so that attention is far from uniform; unused cache slots hold NaN."""
+"""Every family equals transformers on tiny random weights: without a cache, and through a paged cache in every manner
+that the engine fills one. The weights have std 0.2, so that attention is far from uniform; unused cache slots hold NaN."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -233,13 +233,17 @@ def test_greedy_tokens(pair):
         count = 1
     with torch.no_grad():
         expected = pair.reference.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, 6), max_new_tokens=20, do_sample=False, eos_token_id=None
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, 6),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
         )
     assert sequence.token_ids == expected[0].tolist()
 
 
 def test_dynamic_rope_stretches_with_the_sequence(tmp_path):
-    """Dynamic NTK rotates by the length seen so far, so a whole prompt and the same prompt in chunks differ by definition;
+    """Dynamic NTK rotates by the length seen so far, so a whole prompt and the same one in chunks differ by definition;
     prefill and each following decode step are compared, as transformers' cache makes them."""
     pair = make_pair(tmp_path, *DYNAMIC)
     sequence = Sequence_(tokens(29), list(range(8)))

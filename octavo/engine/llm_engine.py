@@ -117,18 +117,20 @@ class LLMEngine:
         cache_salt: str | None = None,
         arrival_time: float | None = None,
         stream: bool = False,
+        prompt_text: str | None = None,
     ) -> None:
         """Accepts one prompt, text or token ids. `stream`: `step` reports after each token, not only at the end.
+        `prompt_text`: of token ids that came from a text, to be repeated in the output.
 
         Raises ValueError, naming the field, for whatever could not be served; nothing has changed then.
         """
         params = SamplingParams() if params is None else params
         if type(params) not in (SamplingParams, BeamSearchParams):
             raise ValueError(f"params: expected SamplingParams or BeamSearchParams, got {type(params).__name__}")
-        text = prompt if isinstance(prompt, str) else None
+        text = prompt if isinstance(prompt, str) else prompt_text
         request = Request(
             request_id,
-            self._prompt_token_ids(prompt),
+            self.prompt_token_ids(prompt),
             params,
             arrival_time=arrival_time,
             priority=priority,
@@ -147,7 +149,8 @@ class LLMEngine:
             decode = None if token_bytes is None else self._decode_token
             self._live[request_id] = LiveRequest(request, text, stream, token_bytes, decode)
 
-    def _prompt_token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def prompt_token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """The checked token ids of a prompt. Touches no state: safe in any thread."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("prompt: expected token ids, since this engine has no tokenizer, got text")

@@ -92,7 +92,7 @@ class EngineOptions:
         return device
 
     def resolved_max_model_len(self, context: int) -> int:
-        """The model's context, or less where the user says so; more is refused, since positions beyond it are untrained."""
+        """The model's context, or less where the user says so; more is refused: positions beyond it are untrained."""
         if self.max_model_len is not None and self.max_model_len > context:
             raise ValueError(
                 f"max_model_len: expected at most the model's context of {context} tokens, got {self.max_model_len}"

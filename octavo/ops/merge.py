@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import cast
 
+import torch
+
 from octavo.kernels.spec import Tensor
 from octavo.ops import dispatch
 from octavo.ops.checks import check_shape
@@ -24,7 +26,8 @@ def merge_attention_states(outs: Sequence[Tensor], softmax_lses: Sequence[Tensor
     for i, (out, lse) in enumerate(zip(outs, softmax_lses, strict=True)):
         check_shape(f"outs[{i}]", out, tuple(outs[0].shape))
         check_shape(f"softmax_lses[{i}]", lse, (*batch, heads, rows))
+    # the reference is differentiable
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, *softmax_lses))
+    backend = dispatch.forced_backend() or ("reference" if wants_grad else None)
     arguments = (outs, softmax_lses)
-    # plain torch on every device unless forced: it is differentiable, and a handful of passes over the outputs
-    backend = dispatch.forced_backend() or "reference"
     return cast(tuple[Tensor, Tensor], dispatch.run("merge_attention_states", outs[0].device, arguments, backend))

@@ -6,7 +6,8 @@ The reference backward (`kernels/reference/flash_bwd.py`) spells out the formula
 
 import torch
 
-from octavo.kernels.cpu.flash_fwd import fits_sdpa
+from octavo.kernels.cpu import sdpa
+from octavo.kernels.cpu.flash_fwd import is_whole
 from octavo.kernels.cpu.sequences import LOG2_E, Tile, key_tiles, row_tiles, sequences
 from octavo.kernels.cpu.tiled_scores import KEYS_PER_TILE, HeadChunk, by_head, compute_dtype, head_chunks, rows_per_tile
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Gradients, Tensor
@@ -39,8 +40,9 @@ def flash_bwd(
     dlse: Tensor | None = None,
 ) -> Gradients:
     """Gradients in the dtypes of their tensors; every sum runs in a fixed order, so repeats give the same bits."""
-    if dlse is None and fits_sdpa(q, k, v, spec, t):
-        return _sdpa_backward(dout, q, k, v, out, softmax_lse, spec)
+    by_torch = dlse is None and sdpa.takes_options(q, k, v, spec, t)
+    if by_torch and is_whole(t) and q.shape[0] and sdpa.takes_lengths(spec, q.shape[1], k.shape[1]):
+        return Gradients(*sdpa.backward(dout, q, k, v, out, softmax_lse, spec))
     dtype = compute_dtype(q)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dqv, dsink, dbias = (
@@ -51,6 +53,13 @@ def flash_bwd(
     if dlse is not None:
         delta = delta - dlse.to(dtype).transpose(-1, -2)
     for sequence in sequences(q, k, t):
+        if by_torch and sdpa.takes_lengths(spec, sequence.num_rows, sequence.num_keys):
+            rows = (x[sequence.rows][None] for x in (dout, q, out))
+            keys = (x[sequence.keys][None] for x in (k, v))
+            dout_b, q_b, out_b, k_b, v_b = *rows, *keys
+            grads = sdpa.backward(dout_b, q_b, k_b, v_b, out_b, softmax_lse[sequence.lse][None], spec)
+            dq[sequence.rows], dk[sequence.keys], dv[sequence.keys] = (x[0] for x in grads)
+            continue
         views = [by_head(x[sequence.rows], k.shape[-2]) for x in (dout, delta, dq)]
         lse = softmax_lse[sequence.lse].unflatten(0, (k.shape[-2], -1)) * LOG2_E
         dk_h, dv_h = dk[sequence.keys].transpose(0, 1), dv[sequence.keys].transpose(0, 1)
@@ -71,16 +80,6 @@ def flash_bwd(
         None if dsink is None or t.learnable_sink is None else dsink.to(t.learnable_sink.dtype),
         None if dbias is None or t.attn_bias is None else dbias.to(t.attn_bias.dtype),
     )
-
-
-def _sdpa_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
-) -> Gradients:
-    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, spec.causal, attn_mask=None, scale=spec.softmax_scale
-    )
-    return Gradients(*(x.transpose(1, 2) for x in gradients))
 
 
 class _ChunkBackward:

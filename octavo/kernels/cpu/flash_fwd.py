@@ -7,6 +7,7 @@ heads of a key/value head into rows, so that grouped heads are never expanded, a
 
 import torch
 
+from octavo.kernels.cpu import sdpa
 from octavo.kernels.cpu.sequences import Tile, key_tiles, row_tiles, sequences
 from octavo.kernels.cpu.tiled_scores import (
     KEYS_PER_TILE,
@@ -28,42 +29,30 @@ def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: A
 
 def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
     """`(out, softmax_lse)` as `kernels/spec.py` defines them."""
-    if fits_sdpa(q, k, v, spec, t):
-        return _sdpa(q, k, v, spec)
+    by_torch = sdpa.takes_options(q, k, v, spec, t)
+    if by_torch and is_whole(t) and q.shape[0] and sdpa.takes_lengths(spec, q.shape[1], k.shape[1]):
+        return sdpa.forward(q, k, v, spec)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     lse = q.new_full(lse_shape, -torch.inf, dtype=compute_dtype(q))
     for sequence in sequences(q, k, t):
-        out_h = by_head(out[sequence.rows], k.shape[-2])
-        lse_h = lse[sequence.lse].unflatten(0, (k.shape[-2], -1))
-        for chunk in head_chunks(sequence, q, k, v, spec, t):
-            for tile in row_tiles(sequence.num_rows, sequence.num_keys, spec, rows_per_tile(chunk)):
-                rows = slice(tile.i0, tile.i1)
-                out_h[chunk.heads, :, rows], lse_h[chunk.heads, :, rows] = _attend_rows(chunk, tile)
+        if by_torch and sdpa.takes_lengths(spec, sequence.num_rows, sequence.num_keys):
+            q_b, k_b, v_b = q[sequence.rows][None], k[sequence.keys][None], v[sequence.keys][None]
+            out_b, lse_b = sdpa.forward(q_b, k_b, v_b, spec)
+            out[sequence.rows], lse[sequence.lse] = out_b[0], lse_b[0]
+        else:
+            out_h = by_head(out[sequence.rows], k.shape[-2])
+            lse_h = lse[sequence.lse].unflatten(0, (k.shape[-2], -1))
+            for chunk in head_chunks(sequence, q, k, v, spec, t):
+                for tile in row_tiles(sequence.num_rows, sequence.num_keys, spec, rows_per_tile(chunk)):
+                    rows = slice(tile.i0, tile.i1)
+                    out_h[chunk.heads, :, rows], lse_h[chunk.heads, :, rows] = _attend_rows(chunk, tile)
     return out, lse
 
 
-def fits_sdpa(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> bool:
-    """Whether torch's fused CPU attention computes this very call: plain dense attention, all tokens in use."""
-    options = (
-        *(t.cu_seqlens_q, t.cu_seqlens_k, t.seqused_q, t.seqused_k, t.leftpad_k),
-        *(t.qv, t.alibi_slopes, t.learnable_sink, t.attn_bias),
-    )
-    if any(option is not None for option in options) or spec.softcap or spec.dropout_p or q.dtype == torch.float16:
-        return False
-    masked = spec.window_left >= 0 or spec.window_right >= 0
-    # torch aligns its causal mask top-left, which is the same on a square
-    mask_fits = not masked or (spec.causal and q.shape[1] == k.shape[1])
-    heads_fit = q.shape[2] == k.shape[2] and q.shape[3] == v.shape[3]
-    return mask_fits and heads_fit and min(q.shape[0], q.shape[1], k.shape[1]) > 0
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, spec.causal, attn_mask=None, scale=spec.softmax_scale
-    )
-    return out.transpose(1, 2), lse
+def is_whole(t: AttentionTensors) -> bool:
+    """Whether every row and key of a dense call is in use."""
+    return t.cu_seqlens_q is None and t.cu_seqlens_k is None and t.seqused_q is None and t.seqused_k is None
 
 
 def _attend_rows(chunk: HeadChunk, tile: Tile) -> tuple[Tensor, Tensor]:

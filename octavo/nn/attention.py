@@ -92,7 +92,7 @@ class MultiHeadAttention(nn.Module):
 
         With `kv_cache` and `metadata` x (T, dim) is a packed batch of new tokens: stored, then attended causally over
         each sequence's whole cache; returns (T, dim). positions: (S,), (B, S) or (T,) int64; without a cache default
-        0, 1, …. rotation: `rope(positions)`, when the model has computed it for all layers. context_lens (B,) int32: rows
+        0, 1, …. rotation: `rope(positions)`, when the model computed it for all layers. context_lens (B,) int32: rows
         of `context` in use, default all.
         """
         if (kv_cache is None) != (metadata is None):

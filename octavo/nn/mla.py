@@ -145,7 +145,9 @@ class MultiHeadLatentAttention(nn.Module):
         """All heads read one latent per token; the up-projections act on queries and outputs, (T, H, v)."""
         weight = self.kv_proj_up.weight
         assert isinstance(weight, Tensor), "kv_proj_up is split by head, so loaders leave it unquantised"
-        up_k, up_v = weight.view(self.n_heads, -1, self.kv_rank).split([self.nope_head_dim, self.v_head_dim], dim=1)
+        up_k, up_v = torch.split(
+            weight.view(self.n_heads, -1, self.kv_rank), [self.nope_head_dim, self.v_head_dim], dim=1
+        )
         q_latent = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)  # (T, H, R)
         out = kv_cache.attend(
             torch.cat((q_latent, q_rope), dim=-1),

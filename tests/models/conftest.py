@@ -34,24 +34,10 @@ def byte_alphabet() -> list[str]:
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, pre: str = "smollm") -> None:
-    """259 tokens, the specials and the bytes, then 41 merged ones."""
+    """The specials, the 256 bytes, some merged pairs, and fillers that no text gives."""
     alphabet = byte_alphabet()
-    merges = [
-        f"{a} {b}" for a, b in zip("thinkableoversizedunquestionab", "heonagsrtyuwqpcvmxzfhjklbdeiao", strict=True)
-    ]
-    merges = [*dict.fromkeys(merges), ]
-        "Ġ t",
-        "Ġ a",
-        "th e",
-        "Ġ the",
-        "Ġ w",
-        "o r",
-        "l d",
-        "Ġw or",
-        "1 2",
-        "12 3",
-        "! !",
-    ]
+    merges = [*map(" ".join, zip("thinkablevrszdqo", "heonagsrtyuwpcmx", strict=True)), "Ġ t", "Ġ a", "th e", "Ġ the"]
+    merges += ["Ġ w", "o r", "l d", "Ġw or", "1 2", "12 3", "! !"]
     tokens = [*SPECIAL, *alphabet, *dict.fromkeys(merge.replace(" ", "") for merge in merges)]
     tokens += [f"<unused{i}>" for i in range(TINY["vocab_size"] - len(tokens))]
     writer.add_tokenizer_model("gpt2")

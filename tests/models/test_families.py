@@ -1,5 +1,5 @@
 """Every family equals transformers on tiny random weights: without a cache, and through a paged cache in every manner
-that the engine fills one. The weights have std 0.2, so that attention is far from uniform; unused cache slots hold NaN."""
+that the engine fills one. The weights have std 0.2, so attention is far from uniform; unused cache slots are NaN."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

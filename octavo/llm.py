@@ -8,7 +8,10 @@ prompts.
 """
 
 import itertools
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -75,7 +78,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: Params | Sequence[Params] | None = None,
+        sampling_params: Params | Sequence[Params] | None = None,
         *,
         use_tqdm: bool = True,
         priority: int | Sequence[int] = 0,
@@ -85,7 +88,7 @@ class LLM:
 
         Args:
             prompts: text, token ids, {"prompt": …} or {"prompt_token_ids": …}, or a list of these.
-            params: one for all prompts, or one for each; `default_params()` when None.
+            sampling_params: one for all prompts, or one for each; `default_params()` when None.
             use_tqdm: a progress bar, if it takes longer than a second.
             priority: of all, or of each; lower runs first under scheduling_policy="priority".
             cache_salt: cached prompt beginnings are shared only with calls of the same salt.
@@ -93,7 +96,7 @@ class LLM:
         Raises ValueError, naming the field, if any prompt cannot be served; none has run then.
         """
         items = _as_list(prompts)
-        every_params = self._one_each("params", params, len(items))
+        every_params = self._one_each("sampling_params", sampling_params, len(items))
         priorities = self._one_each("priority", priority, len(items))
         request_ids: list[str] = []
         try:
@@ -112,7 +115,7 @@ class LLM:
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: Params | Sequence[Params] | None = None,
+        sampling_params: Params | Sequence[Params] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -121,7 +124,7 @@ class LLM:
             raise ValueError("messages: expected at least one message, got none")
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
         prompts = [self.chat_prompt(conversation) for conversation in conversations]  # type: ignore[arg-type]
-        return self.generate(prompts, params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation in the model's chat template, ready for the assistant's answer."""
@@ -139,14 +142,16 @@ class LLM:
 
     # ---- growing answers -------------------------------------------------------------------------------------------
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The continuation's text, piece by piece as it is computed. Leaving the loop early ends the request.
 
         Streams and `generate` calls may be interleaved: all advance with each step.
         """
-        params = self.default_params() if params is None else params
+        params = self.default_params() if sampling_params is None else sampling_params
         if type(params) is not SamplingParams or params.n != 1:
-            raise ValueError("params: expected SamplingParams with n=1 for a stream; use generate for the others")
+            raise ValueError(
+                "sampling_params: expected SamplingParams with n=1 for a stream; use generate for the others"
+            )
         return self._pieces(_content(prompt), params)
 
     def _pieces(self, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[str]:
@@ -172,7 +177,9 @@ class LLM:
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        for output in self.engine.step():
+        with _interrupts_deferred():
+            outputs = self.engine.step()
+        for output in outputs:
             self._newest[output.request_id] = output
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
@@ -224,6 +231,23 @@ def _content(prompt: Prompt) -> str | Sequence[int]:
         )
         raise ValueError(f"{field}: expected {expected}, got {type(content).__name__}")
     return content
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, so that it never leaves a step half recorded."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is not signal.default_int_handler:
+        yield
+        return
+    pending: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pending:
+        raise KeyboardInterrupt
 
 
 def _raise_if_failed(output: RequestOutput) -> None:

@@ -117,7 +117,7 @@ class AsyncLLM:
     async def generate(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams | BeamSearchParams | None = None,
+        sampling_params: SamplingParams | BeamSearchParams | None = None,
         request_id: str | None = None,
         *,
         priority: int = 0,
@@ -134,7 +134,7 @@ class AsyncLLM:
         arguments = {
             "prompt": self._engine.prompt_token_ids(prompt),
             "prompt_text": prompt if isinstance(prompt, str) else None,
-            "params": params,
+            "params": sampling_params,
             "priority": priority,
             "cache_salt": cache_salt,
             "stream": stream,

@@ -74,6 +74,7 @@ class LLMEngine:
         )
         self._live: dict[str, LiveRequest | BeamSearch] = {}
         self._candidates: dict[int, Candidate] = {}
+        self.num_generated_tokens = 0  # since the start, of all requests
 
     @classmethod
     def from_options(cls, options: EngineOptions, progress: bool = True) -> "LLMEngine":
@@ -126,7 +127,9 @@ class LLMEngine:
         """
         params = SamplingParams() if params is None else params
         if type(params) not in (SamplingParams, BeamSearchParams):
-            raise ValueError(f"params: expected SamplingParams or BeamSearchParams, got {type(params).__name__}")
+            raise ValueError(
+                f"sampling_params: expected SamplingParams or BeamSearchParams, got {type(params).__name__}"
+            )
         text = prompt if isinstance(prompt, str) else prompt_text
         request = Request(
             request_id,
@@ -221,6 +224,7 @@ class LLMEngine:
 
     def _record(self, rows: list[SequenceState], result: StepResult) -> list[RequestOutput]:
         """Text, log probabilities and stop strings of the new tokens."""
+        self.num_generated_tokens += len(rows)
         candidates = self._candidates
         touched: dict[str, LiveRequest | BeamSearch] = {}
         for row, (seq, token_id) in enumerate(zip(rows, result.token_ids, strict=True)):

@@ -72,6 +72,7 @@ class BlockManager:
         for block in cached:
             self._take_cached(block)
         seq.block_table = cached
+        seq.num_named_blocks = len(cached)
         seq.num_computed_tokens = seq.num_writable_tokens = len(cached) * self.block_size
         seq.num_promised_blocks = promised
         self.num_promised_blocks += promised
@@ -144,9 +145,11 @@ class BlockManager:
         return block
 
     def _name_full_blocks(self, cache: PrefixCache, seq: Sequence, num_full: int) -> None:
-        self._extend_hashes(seq, num_full)
-        for index in range(seq.num_computed_tokens // self.block_size, num_full):
+        if num_full > len(seq.block_hashes):
+            self._extend_hashes(seq, num_full)
+        for index in range(seq.num_named_blocks, num_full):
             cache.insert(seq.block_hashes[index], seq.block_table[index])
+        seq.num_named_blocks = num_full
 
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
         hashes, size = seq.block_hashes, self.block_size
@@ -164,6 +167,7 @@ class BlockManager:
         child.block_table = list(parent.block_table)
         child.block_hashes = list(parent.block_hashes)
         child.num_computed_tokens = parent.num_computed_tokens
+        child.num_named_blocks = parent.num_named_blocks
         parent.num_writable_tokens = child.num_writable_tokens = 0  # both must ask before the next write
 
     # Giving back
@@ -180,7 +184,7 @@ class BlockManager:
                 else:
                     self._release(block)
         seq.block_table = []
-        seq.num_promised_blocks = seq.num_computed_tokens = seq.num_writable_tokens = 0
+        seq.num_promised_blocks = seq.num_computed_tokens = seq.num_writable_tokens = seq.num_named_blocks = 0
 
     def _release(self, block: int) -> None:
         if self.prefix_cache is None or not self.prefix_cache.retire(block):

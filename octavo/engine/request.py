@@ -52,6 +52,7 @@ class Sequence:
         "max_tokens_total",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_named_blocks",
         "num_promised_blocks",
         "num_prompt_tokens",
         "num_writable_tokens",
@@ -73,6 +74,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the leading full blocks, as far as known
+        self.num_named_blocks = 0  # leading blocks that the prefix cache knows
         self.num_promised_blocks = 0  # free blocks kept for the rest of its prompt
         self.num_writable_tokens = 0  # token slots that can be written with no further call of the block manager
         self.status = SequenceStatus.WAITING

@@ -117,7 +117,7 @@ class Scheduler:
         while len(self.decoding) > self.config.max_num_seqs:  # a beam search forked beyond its seats
             self._preempt(self.decoding[-1], preempted)
         for seq in self.decoding:  # shrinks at its end while we walk: who is preempted is last in order
-            if len(seq.token_ids) >= seq.num_writable_tokens:
+            if len(seq.token_ids) > seq.num_writable_tokens:
                 if not self._make_room(seq, preempted):
                     break
                 copy = self.blocks.extend(seq, len(seq.token_ids))

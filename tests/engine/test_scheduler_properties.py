@@ -24,6 +24,8 @@ from octavo.engine.step import SchedulerOutput, StepResult, TopLogprobs
 VOCABULARY = 11
 EOS = 0
 
+Beam = tuple[float, list[int], list[tuple[float, int]]]  # score, text, best continuations
+
 
 def fingerprints(token_ids: list[int], salt: str | None) -> list[int]:
     """For each position, a number that stands for the text up to it. A salt is part of it: tenants must not meet."""
@@ -85,10 +87,9 @@ class Beams:
         live = list(request.sequences)
         if any(seq.seq_id not in self.pending for seq in live):
             return
-        choices = choose_beams([(seq.cumulative_logprob, self.pending.pop(seq.seq_id)) for seq in live])
-        chosen = choices[: request.params.beam_width]
+        candidates = [(seq.cumulative_logprob, seq.token_ids, self.pending.pop(seq.seq_id)) for seq in live]
         heirs = defaultdict(list)
-        for _, parent, token, logprob in chosen:
+        for parent, token, logprob in choose_beams(candidates, request.params.beam_width):
             heirs[parent].append((token, logprob))
         children = []
         for parent, seq in enumerate(live):
@@ -101,19 +102,22 @@ class Beams:
             scheduler.append(body, token, logprob)
 
 
-def choose_beams(beams: list[tuple[float, list[tuple[float, int]]]]) -> list[tuple[float, int, int, float]]:
+def choose_beams(beams: list[Beam], width: int) -> list[tuple[int, int, float]]:
+    """(parent, token, logprob) of the best continuations. Ties are broken by the text, not by the order of the beams."""
     scored = [
-        (total + score, -parent, token, score) for parent, (total, best) in enumerate(beams) for score, token in best
+        (round(total + score, 6), [*text, token], parent, token, score)
+        for parent, (total, text, best) in enumerate(beams)
+        for score, token in best
     ]
-    return [(total, -parent, token, score) for total, parent, token, score in sorted(scored, reverse=True)]
+    return [(parent, token, score) for _, _, parent, token, score in sorted(scored, reverse=True)[:width]]
 
 
 def beams_alone(prompt: list[int], params: BeamSearchParams) -> list[list[int]]:
     beams = [(0.0, list(prompt))]
     for _ in range(params.max_tokens):
-        candidates = choose_beams([(total, likeliest(text, params.beam_width)) for total, text in beams])
-        chosen = candidates[: params.beam_width]
-        beams = [(beams[parent][0] + score, [*beams[parent][1], token]) for _, parent, token, score in chosen]
+        candidates = [(total, text, likeliest(text, params.beam_width)) for total, text in beams]
+        chosen = choose_beams(candidates, params.beam_width)
+        beams = [(beams[parent][0] + score, [*beams[parent][1], token]) for parent, token, score in chosen]
     return sorted(text[len(prompt) :] for _, text in beams)
 
 

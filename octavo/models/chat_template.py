@@ -166,6 +166,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """Jinja would offer a safe `str.format`, with widths as large as its format string says; here there is none."""
+
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         _check_product([getattr(obj, "__self__", None), *args, *kwargs.values()])
         return super().call(context, obj, *args, **kwargs)

@@ -76,12 +76,15 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of the ids; bytes that are no whole character give U+FFFD, ids outside the vocabulary nothing."""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        """Text of the ids; bytes that are no whole character give U+FFFD, ids past the vocabulary's end nothing."""
+        ids = list(token_ids)
+        if ids and min(ids) < 0:
+            raise ValueError(f"token_ids must not be negative, got {min(ids)}")
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of an id ("Ġthe"), None outside of it."""
-        token = self._backend.id_to_token(token_id)
+        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
         return None if token is None else str(token)
 
     def token_to_id(self, token: str) -> int | None:

@@ -149,10 +149,9 @@ EXHAUSTING = {
         "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
     ),
     "doubling block": (
-        "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}{% "
-        "endset %}"
-    )
-    "{% set ns.x = y %}{% endfor %}",
+        "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}"
+        "{% endset %}{% set ns.x = y %}{% endfor %}"
+    ),
     "doubling macro": "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='aaaaaaaa') %}"
     "{% for i in range(60) %}{% set ns.x = m(ns.x) %}{% endfor %}",
     "doubling list": (
@@ -160,8 +159,8 @@ EXHAUSTING = {
     ),
     "doubling list to json": (
         "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
-    )
-    "{{ ns.x | tojson }}",
+        "{{ ns.x | tojson }}"
+    ),
     "replace": "{% set t = 'a' * 100000 %}{{ t.replace('a', t) }}",
     "replace filter": "{% set t = 'a' * 100000 %}{{ t | replace('a', t) }}",
     "join": "{{ ('a' * 100000) | join('b' * 100000) }}",

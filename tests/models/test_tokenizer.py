@@ -40,7 +40,7 @@ def test_byte_level_tokens_are_those_of_llama_cpp(metadata, pre):
 
 @pytest.mark.real_model
 def test_digits_stand_alone(metadata, default_tokenizer):
-    """smollm splits digits before GPT-2's cut. A reader that forgets it (as transformers' does) parts the spaces before."""
+    """smollm splits digits before GPT-2's cut. A reader that forgets it parts the spaces before them."""
     spelled = [default_tokenizer.id_to_token(i) for i in default_tokenizer.encode("x   19")]
     assert spelled == ["x", "ĠĠĠ", "1", "9"]
     gpt2 = tokenizer_from_gguf({**metadata, "tokenizer.ggml.pre": "gpt-2"})

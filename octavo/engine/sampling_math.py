@@ -62,7 +62,7 @@ def sample_distribution(probs: Tensor, uniform: Tensor) -> Tensor:
     below = torch.where(group > 0, cumulative.gather(1, (group - 1).clamp(min=0)), 0.0)
     members = grid.gather(2, group[:, None].expand(n, 64, 1)).squeeze(2).double().cumsum(-1)
     member = _invert(members, target - below)
-    return (member * groups + group).squeeze(1)
+    return (member * groups + group).squeeze(1).clamp_(max=vocab - 1)  # only NaN reaches the padding
 
 
 def _invert(cumulative: Tensor, target: Tensor) -> Tensor:

@@ -82,10 +82,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"sequences": arguments.sequences, "python": platform.python_version(), "results": results}))
         return
-    print(
     version = platform.python_version()
     print(f"{arguments.sequences} sequences, {arguments.steps} decode steps, Python {version}")
-    )
     for name, figures in results.items():
         print(f"{name:17} " + "  ".join(f"{key} {value:7.1f}" for key, value in figures.items()))
 

@@ -103,7 +103,7 @@ class Beams:
 
 
 def choose_beams(beams: list[Beam], width: int) -> list[tuple[int, int, float]]:
-    """(parent, token, logprob) of the best continuations. Ties are broken by the text, not by the order of the beams."""
+    """(parent, token, logprob) of the best continuations. The text breaks ties, not the order of the beams."""
     scored = [
         (round(total + score, 6), [*text, token], parent, token, score)
         for parent, (total, text, best) in enumerate(beams)

@@ -14,6 +14,7 @@ thread. Numba's own settings NUMBA_CPU_NAME and NUMBA_CPU_FEATURES choose the ta
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import platform
@@ -161,22 +162,41 @@ def _compile(name: str, function: Callable[[int], None]) -> bytes:
     print(f"octavo: compiling the CPU kernel {name} (once; kept in {cache_dir()})", file=sys.stderr, flush=True)
     compiled = numba.cfunc("void(int64)", error_model="numpy")(function)
     library = compiled._library
+    external = sorted(f.name for f in library._final_module.functions if f.is_declaration and f.name[:5] != "llvm.")
+    unknown = [f for f in external if f not in _C_FUNCTIONS and not f.startswith(_ERROR_PATHS)]
+    assert not unknown, f"kernel {name} calls {unknown}, which a warm start could not link"
+    external += [v.name for v in library._final_module.global_variables if v.is_declaration]
     code: bytes = library._codegen._tm.emit_object(library._final_module)
-    symbol = compiled.native_name.encode()
-    return len(symbol).to_bytes(4, "little") + symbol + code
+    header = json.dumps({"symbol": compiled.native_name, "external": external}).encode()
+    return len(header).to_bytes(4, "little") + header + code
 
 
+_C_FUNCTIONS = {"memset": ctypes.memset, "memcpy": ctypes.memmove, "memmove": ctypes.memmove}
+_ERROR_PATHS = ("numba_", "NRT_", "Py", "_Py")  # of the wrapper that Numba puts around a kernel
 _engines: list[llvm.ExecutionEngine] = []  # own the code: never freed
+_no_error_path = ctypes.CFUNCTYPE(None)(os.abort)
+
+
+def _address_of(name: str) -> int:
+    """Where a function or variable lives that compiled code refers to; LLVM finds none of this process by itself."""
+    if name in _C_FUNCTIONS:
+        return ctypes.cast(_C_FUNCTIONS[name], ctypes.c_void_p).value or 0
+    if name.startswith(("Py", "_Py")):
+        return ctypes.addressof(ctypes.c_char.in_dll(ctypes.pythonapi, name))
+    return ctypes.cast(_no_error_path, ctypes.c_void_p).value or 0  # kernels raise nothing
 
 
 def _link(content: bytes) -> int:
     length = int.from_bytes(content[:4], "little")
-    symbol, code = content[4 : 4 + length].decode(), content[4 + length :]
+    header, code = json.loads(content[4 : 4 + length]), content[4 + length :]
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    for name in header["external"]:  # one that is missing would leave all the others unresolved
+        if llvm.address_of_symbol(name) is None:
+            llvm.add_symbol(name, _address_of(name))
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
-    return int(engine.get_function_address(symbol))
+    return int(engine.get_function_address(header["symbol"]))

@@ -10,7 +10,6 @@ tile's keys, so that lanes are keys and nothing is added across lanes.
 """
 
 import functools
-import math
 
 import torch
 
@@ -49,7 +48,7 @@ def paged_attention(
     tokens, heads, head_dim = q.shape
     head_dim_v = v_cache.shape[-1]
     out = q.new_zeros(tokens, heads, head_dim_v)
-    lse = q.new_full((heads, tokens), -math.inf, dtype=torch.float32)
+    maxima_and_totals = q.new_zeros(2, heads, tokens, dtype=torch.float32)
     threads = torch.get_num_threads()
     scratch = torch.empty(threads, scratch_bytes(head_dim, head_dim_v), dtype=torch.uint8)
     sink = t.learnable_sink
@@ -59,7 +58,7 @@ def paged_attention(
     size = q.element_size()
     _kernel(head_dim, head_dim_v, _TYPES[q.dtype])(
         *(q.data_ptr(), q.stride(0) * size, q.stride(1) * size, out.data_ptr(), heads * head_dim_v * size),
-        *(lse.data_ptr(), tokens, len(keep[1]), heads, k_cache.shape[2]),
+        *(maxima_and_totals.data_ptr(), tokens, len(keep[1]), heads, k_cache.shape[2]),
         *(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[1]),
         *(stride * size for cache in (k_cache, v_cache) for stride in cache.stride()[:3]),
         *(keep[0].data_ptr(), keep[1].data_ptr(), table.data_ptr(), table.stride(0)),
@@ -69,14 +68,15 @@ def paged_attention(
         scratch.stride(0),
         threads=threads,
     )
-    return out, lse
+    maxima, totals = maxima_and_totals
+    return out, maxima + totals.log()
 
 
 def scratch_bytes(head_dim: int, head_dim_v: int) -> int:
     """Of one thread: queries, transposed keys, scores, sums, maxima and totals, addresses, two partial results."""
     partial = MAX_ROWS * (head_dim_v + 2)
     floats = MAX_ROWS * head_dim + TILE * head_dim + MAX_ROWS * TILE + 3 * partial + 16
-    return -(-(4 * floats + 8 * 2 * TILE) // 64) * 64
+    return -(-(4 * floats + 8 * 4 * TILE) // 64) * 64
 
 
 @functools.cache

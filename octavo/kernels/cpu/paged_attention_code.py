@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
@@ -14,6 +15,7 @@ from octavo.kernels.cpu.simd import (
     LANES,
     barrier,
     emitted,
+    exp,
     f32,
     float_argument,
     i32,
@@ -58,10 +60,10 @@ def make_store_row(width, dtype):
 
 
 def make_scores_direct(rows, head_dim, dtype):
-    """scores[rows, 16] of 16 keys read where they lie; `keys` holds their addresses."""
+    """scores[rows, 16] of 16 keys read where they lie; `keys` holds their addresses, `upcoming` those to prefetch."""
     width, size = head_dim // LANES, _SIZES[dtype]
 
-    def emit(code, queries, keys, scores):
+    def emit(code, queries, keys, upcoming, scores):
         q = [
             [code.load(code.offset(queries, 4 * (r * head_dim + LANES * i)), vector(F32)) for i in range(width)]
             for r in range(rows)
@@ -71,6 +73,7 @@ def make_scores_direct(rows, head_dim, dtype):
             if count > 1:
                 halves = [products(first + half * count // 2, count // 2) for half in range(2)]
                 return [code.add_halves(x, y, 2 * LANES // count) for x, y in zip(*halves, strict=True)]
+            code.prefetch(code.load(code.offset(upcoming, 8 * first), I64), head_dim * size)
             key = code.load(code.offset(keys, 8 * first), I64)
             k = [code.load_floats(code.offset(key, LANES * size * i), dtype) for i in range(width)]
             sums = [code.b.fmul(q[r][0], k[0]) for r in range(rows)]
@@ -118,14 +121,15 @@ def make_scores_packed(rows, head_dim):
 
 
 def make_add_values(rows, head_dim_v, dtype):
-    """sums[rows, head_dim_v] += weights[rows, count] · values; `values` holds the rows' addresses."""
+    """sums[rows, head_dim_v] += weights[rows, count] · values; `values` and `upcoming` hold addresses."""
     width, size = head_dim_v // LANES, _SIZES[dtype]
     cells = [(r, i) for r in range(rows) for i in range(width)]
 
-    def emit(code, weights, values, count, sums):
+    def emit(code, weights, values, upcoming, count, sums):
         at = {(r, i): code.offset(sums, 4 * (r * head_dim_v + LANES * i)) for r, i in cells}
         totals = {cell: code.variable(code.load(at[cell], vector(F32))) for cell in cells}
         with cgutils.for_range(code.b, count) as loop:
+            code.prefetch(code.load(code.offset(upcoming, (loop.index, 8)), I64), head_dim_v * size)
             value = code.load(code.offset(values, (loop.index, 8)), I64)
             v = [code.load_floats(code.offset(value, LANES * size * i), dtype) for i in range(width)]
             for r in range(rows):
@@ -220,10 +224,7 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
     )
     packed, packed_rows = by_rows([make_scores_packed(n, head_dim) for n in range(1, registers * LANES // TILE + 1)])
     add_values, value_rows = by_rows(
-        [
-            make_add_values(n, head_dim_v, kv_type)
-            for n in range(1, max(1, min(6, registers * LANES // head_dim_v)) + 1)
-        ]
+        [make_add_values(n, head_dim_v, kv_type) for n in range(1, max(1, min(6, registers * LANES // head_dim_v)) + 1)]
     )
     transpose_keys = make_transpose_keys(head_dim, kv_type)
     softmax_plain, softmax_capped = (make_softmax_row(head_dim_v, capped) for capped in (False, True))
@@ -235,21 +236,29 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
     keys_at = queries_at + 4 * MAX_ROWS * head_dim
     scores_at = keys_at + 4 * TILE * head_dim
     addresses_at = scores_at + 4 * MAX_ROWS * TILE
-    sums_at = addresses_at + 16 * TILE  # sums, maxima, totals; then the same twice for partial results
+    sums_at = addresses_at + 2 * 16 * TILE  # sums, maxima, totals; then the same twice for partial results
     maxima, totals = 4 * MAX_ROWS * head_dim_v, 4 * MAX_ROWS * (head_dim_v + 1)
 
     @_jit
-    def run_tile(scratch, rows, count, capped, group, first_position, start, window_left, window_right):
-        """Scores, softmax and values of one tile whose addresses are in the scratch."""
+    def run_tile(
+        scratch, addresses, upcoming, rows, count, capped, group, first_position, start, window_left, window_right
+    ):
+        """Scores, softmax and values of one tile; `upcoming` holds the addresses of the next one."""
         queries, keys, scores = scratch + queries_at, scratch + keys_at, scratch + scores_at
-        addresses, sums = scratch + addresses_at, scratch + sums_at
+        sums = scratch + sums_at
         groups = (count + LANES - 1) // LANES
         if rows <= DIRECT_ROWS:
             for r in range(0, rows, direct_rows):
                 for g in range(groups):
+                    at = 8 * LANES * g
                     direct(
                         min(direct_rows, rows - r),
-                        (queries + 4 * r * head_dim, addresses + 8 * LANES * g, scores + 4 * (r * TILE + LANES * g)),
+                        (
+                            queries + 4 * r * head_dim,
+                            addresses + at,
+                            upcoming + at,
+                            scores + 4 * r * TILE + 4 * LANES * g,
+                        ),
                     )
         else:
             for g in range(groups):
@@ -277,18 +286,24 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
         for r in range(0, rows, value_rows):
             add_values(
                 min(value_rows, rows - r),
-                (scores + 4 * r * TILE, addresses + 8 * TILE, count, sums + 4 * r * head_dim_v),
+                (
+                    scores + 4 * r * TILE,
+                    addresses + 8 * TILE,
+                    upcoming + 8 * TILE,
+                    count,
+                    sums + 4 * r * head_dim_v,
+                ),
             )
 
     @_jit
-    def find_keys(p, scratch, sequence, head, start, count):
-        """The addresses of the tile's keys and values; the last group of 16 is filled up with its last key."""
+    def find_keys(p, target, sequence, head, start, count):
+        """The addresses of a tile's keys and values; places past its end hold those of its last key."""
         block_size = int_argument(p, 12)
         table = i32(int_argument(p, 21) + 4 * sequence * int_argument(p, 22))
         k = int_argument(p, 10) + head * int_argument(p, 15)
         v = int_argument(p, 11) + head * int_argument(p, 18)
-        addresses = i64(scratch + addresses_at)
-        for j in range((count + LANES - 1) // LANES * LANES):
+        addresses = i64(target)
+        for j in range(TILE):
             key = start + min(j, count - 1)
             block, slot = table[key // block_size], key % block_size
             addresses[j] = k + block * int_argument(p, 13) + slot * int_argument(p, 14)
@@ -296,24 +311,25 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
 
     @_jit
     def write_rows(p, scratch, sums, group, rows, first_row, head, sinks):
-        """Normalised results, and LSE where wanted."""
-        lse, heads = int_argument(p, 5), int_argument(p, 8)
+        """Normalised results, and where wanted each row's maximum and total, of which the LSE is made."""
+        largest_of_rows, tokens, heads = int_argument(p, 5), int_argument(p, 6), int_argument(p, 8)
         for r in range(rows):
             token, h = first_row + r // group, head * group + r % group
             largest, total = f32(sums + maxima)[r], f32(sums + totals)[r]
             if sinks != 0:
                 sink = f32(sinks)[h]
                 new = max(largest, sink)
-                fade = math.exp(largest - new)
-                total = total * fade + math.exp(sink - new)
+                fade = exp(largest - new)
+                total = total * fade + exp(sink - new)
                 f32(scratch)[4] = fade / total
                 largest = new
             else:
-                f32(scratch)[4] = 1 / total if total != 0 else 0.0
+                f32(scratch)[4] = np.float32(1) / total if total != 0 else np.float32(0)
             out = int_argument(p, 3) + token * int_argument(p, 4) + h * head_dim_v * io_size
             store_row((sums + 4 * r * head_dim_v, scratch + 16, out))
-            if lse != 0:
-                f32(lse)[h * int_argument(p, 6) + token] = largest + math.log(total) if total != 0 else -math.inf
+            if largest_of_rows != 0:
+                f32(largest_of_rows)[h * tokens + token] = largest
+                f32(largest_of_rows)[(heads + h) * tokens + token] = total
 
     @_jit
     def begin_rows(p, scratch, group, rows, first_row, head):
@@ -340,7 +356,7 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
             new = max(a, b)
             if new == -math.inf:
                 continue
-            fade_a, fade_b = math.exp(a - new), math.exp(b - new)
+            fade_a, fade_b = exp(a - new), exp(b - new)
             f32(target + maxima)[r] = new
             f32(target + totals)[r] = f32(target + totals)[r] * fade_a + f32(source + totals)[r] * fade_b
             for i in range(r * head_dim_v, (r + 1) * head_dim_v):
@@ -383,14 +399,31 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
         first_row, position, key_begin, key_end = bounds
         begin_rows(p, scratch, group, rows, first_row, head)
         capped = float_argument(p, 27) != 0
-        for tile in range(tile_begin, tile_end):
-            start = key_begin + tile * TILE
-            count = min(TILE, key_end - start)
-            if count > 0:
-                find_keys(p, scratch, sequence, head, start, count)
-                run_tile(
-                    scratch, rows, count, capped, group, position, start, int_argument(p, 23), int_argument(p, 24)
-                )
+        addresses, upcoming = scratch + addresses_at, scratch + addresses_at + 16 * TILE
+        start = key_begin + tile_begin * TILE
+        count = min(TILE, key_end - start)
+        if count > 0:
+            find_keys(p, addresses, sequence, head, start, count)
+        while count > 0:
+            after = min(TILE, min(key_end, key_begin + tile_end * TILE) - start - count)
+            if after > 0:
+                find_keys(p, upcoming, sequence, head, start + count, after)
+            window_left, window_right = int_argument(p, 23), int_argument(p, 24)
+            run_tile(
+                scratch,
+                addresses,
+                upcoming if after > 0 else addresses,
+                rows,
+                count,
+                capped,
+                group,
+                position,
+                start,
+                window_left,
+                window_right,
+            )
+            start, count = start + count, after
+            addresses, upcoming = upcoming, addresses
 
     @_jit
     def walk(p, me, threads, merging):
@@ -427,9 +460,7 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
                             slot = 1 if tile_begin > 0 else 2
                             copy(scratch + sums_at, scratch + sums_at + slot * partial_bytes, partial_bytes // 4)
                         else:
-                            write_rows(
-                                p, scratch, scratch + sums_at, group, rows, bounds[0], head, int_argument(p, 25)
-                            )
+                            write_rows(p, scratch, scratch + sums_at, group, rows, bounds[0], head, int_argument(p, 25))
                     elif tile_begin == 0 and tile_end < tiles:
                         target = scratch + sums_at + 2 * partial_bytes
                         other = me + 1

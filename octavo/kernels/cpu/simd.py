@@ -81,6 +81,16 @@ def float_argument(p, index):
     return f64(p)[HEADER + index]
 
 
+@intrinsic
+def exp(typingctx, x):
+    """e^x in fp32, without the C library."""
+
+    def codegen(context, builder, signature, args):
+        return Code(builder).exp(args[0])
+
+    return types.float32(types.float32), codegen
+
+
 @register_jitable
 def share(count, part, parts):
     """The bounds of one of `parts` nearly equal pieces of range(count)."""
@@ -113,6 +123,12 @@ class Code:
         function_type = ir.FunctionType(result, [a.type for a in args])
         function = cgutils.get_or_insert_function(self.b.module, function_type, name)
         return self.b.call(function, args, fastmath=fastmath)
+
+    def prefetch(self, address, count):
+        """Asks for `count` bytes that will be read soon."""
+        for i in range(0, count, 64):
+            pointer = self.b.inttoptr(self.offset(address, i), I8.as_pointer())
+            self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))  # read, keep near, data
 
     def splat(self, scalar, lanes=LANES):
         one = self.b.insert_element(ir.Constant(vector(scalar.type, lanes), ir.Undefined), scalar, I32(0))

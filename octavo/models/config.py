@@ -65,7 +65,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                 raise ValueError(f"{name} of the model config must be an integer from 1 to {most}, got {value!r:.80}")
-        for name, value in (("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope.get("rope_theta"))):
+        numbers = {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope.get("rope_theta")}
+        for name, value in {**numbers, "softmax_scale": self.softmax_scale or 1.0}.items():
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} of the model config must be a positive number, got {value!r:.80}")
         part = self.rope.get("partial_rotary_factor", 1.0)
@@ -109,7 +110,10 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 def hf_rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     """transformers 5 writes `rope_parameters`, older ones `rope_theta` and `rope_scaling`; both give the first form."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"rope_parameters of the model config must be an object, got {given!r:.80}")  # noqa: TRY004
+    rope = dict(given)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
     if "partial_rotary_factor" in hf:

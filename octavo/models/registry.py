@@ -48,8 +48,8 @@ def config_from_hf(source: Path | Mapping[str, Any]) -> ModelConfig:
         return ARCHITECTURES[name].read_hf_config({"eos_token_id": hf.get("eos_token_id"), **text})
     except KeyError as missing:
         raise ValueError(f"the model config of {name} lacks {missing}") from None
-    except TypeError as error:
-        raise ValueError(f"the model config of {name} holds a value of the wrong type: {error}") from None
+    except (TypeError, ArithmeticError, AttributeError) as error:
+        raise ValueError(f"the model config of {name} holds a value that makes no sense: {error}") from None
 
 
 def build_model(config: ModelConfig, **factory: Any) -> CausalLM:

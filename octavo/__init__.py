@@ -15,6 +15,8 @@ _EXPORTS = {
     "octavo.engine.outputs": ["RequestOutput", "CompletionOutput"],
     "octavo.engine.async_engine": ["AsyncLLM"],
     "octavo.ops": [
+        "Explanation",
+        "explain",
         "flash_attn_func",
         "flash_attn_qkvpacked_func",
         "flash_attn_kvpacked_func",
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from octavo.engine.sampling_params import SamplingParams as SamplingParams
     from octavo.llm import LLM as LLM
     from octavo.ops import AttentionMetadata as AttentionMetadata
+    from octavo.ops import Explanation as Explanation
+    from octavo.ops import explain as explain
     from octavo.ops import flash_attn_func as flash_attn_func
     from octavo.ops import flash_attn_kvpacked_func as flash_attn_kvpacked_func
     from octavo.ops import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func

@@ -11,7 +11,11 @@ A backend module exposes any of these functions under these names; `octavo.ops.d
     merge.merge_attention_states(outs, lses) -> (out, softmax_lse)
 
 and, beside each, `refuses_<op>(...) -> str | None` with the same arguments: the reason why this backend cannot take the
-call, or None when it can.
+call, or None when it can. A module may also have `plan_<op>(...) -> dict`, same arguments again: what it says of its
+tile and splits, shown by `octavo.explain`. `merge_attention_states` takes sequences of tensors, one entry a part.
+
+A dense cache reaches `paged_attention` as one whose pages are as long as its rows, so block_size is any number, not
+only a power of two; `num_splits` is 0 where the kernel shall choose. The LSE of fp64 inputs is fp64.
 
 Score of query i and key j, in this order:
     s = softmax_scale · q_i·k_j (+ qv_i·v_j inside the scale)  →  softcap · tanh(s / softcap)  →  + ALiBi + bias  →
@@ -20,8 +24,8 @@ ALiBi adds −slope · |i + Sk − Sq − j|. Masks align bottom-right: with p =
 p − window_left <= j <= p + window_right (a negative bound is no bound; causal is window_right = 0). A sink adds
 exp(sink_h) to the denominator and is part of the LSE. A row that sees nothing (and has no sink) gives output 0 and
 LSE −inf. Dropout keeps probability (i, j) of batch b and head h where the Philox-4x32-10 stream `seed` at offset
-((b·Hq + h)·max_seqlen_q + i)·max_seqlen_k + j (Triton's `tl.rand`) is at least dropout_p, and scales it by 1/(1 −
-dropout_p).
+((b·Hq + h)·max_seqlen_q + i)·max_seqlen_k + j is at least dropout_p, and scales it by 1/(1 − dropout_p). The stream is
+Triton 3.9's `tl.rand` of an int64 offset: counter words (offset low, offset high, 0, 0), key (seed low, seed high).
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,8 @@
 """The public functions: argument checks, dispatch to a kernel, accounting."""
 
 from octavo.ops.dispatch import use_backend as use_backend
+from octavo.ops.explain import Explanation as Explanation
+from octavo.ops.explain import explain as explain
 from octavo.ops.flash_attn import flash_attn_func as flash_attn_func
 from octavo.ops.flash_attn import flash_attn_kvpacked_func as flash_attn_kvpacked_func
 from octavo.ops.flash_attn import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func

@@ -33,9 +33,10 @@ _MODULES = {
 
 
 class _Override(threading.local):
-    """The backend that `use_backend` forces on this thread; not a ContextVar, which torch.compile cannot read."""
+    """What `use_backend` and `intercept` set on this thread; not ContextVars, which torch.compile cannot read."""
 
     backend: str | None = None
+    interceptor: "Callable[[str, Choice, tuple[Any, ...]], None] | None" = None
 
 
 _override = _Override()
@@ -111,7 +112,26 @@ def choose(op: str, device: torch.device, arguments: tuple[Any, ...], backend: s
 
 def run(op: str, device: torch.device, arguments: tuple[Any, ...], backend: str | None = None) -> Any:
     """Choose a kernel for the call and call it."""
-    return choose(op, device, arguments, backend).kernel(*arguments)
+    choice = choose(op, device, arguments, backend)
+    if _override.interceptor is not None:
+        return _override.interceptor(op, choice, arguments)
+    return choice.kernel(*arguments)
+
+
+@contextmanager
+def intercept(interceptor: Callable[[str, Choice, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Hand each chosen kernel and its arguments to `interceptor` instead of running it, on this thread."""
+    previous, _override.interceptor = _override.interceptor, interceptor
+    try:
+        yield
+    finally:
+        _override.interceptor = previous
+
+
+def beside(choice: Choice, prefix: str) -> Kernel | None:
+    """The function `<prefix>_<kernel>` of the chosen kernel's module, if it has one."""
+    module = importlib.import_module(f"octavo.kernels.{choice.module}")
+    return getattr(module, f"{prefix}_{choice.kernel.__name__}", None)
 
 
 def _wrong_device(backend: str, device: torch.device) -> str | None:

@@ -11,6 +11,8 @@ from octavo.kernels.cpu import sdpa
 from octavo.kernels.cpu.sequences import Tile, key_tiles, row_tiles, sequences
 from octavo.kernels.cpu.tiled_scores import (
     KEYS_PER_TILE,
+    ROWS_PER_TILE,
+    TILE_ELEMENTS,
     HeadChunk,
     by_head,
     compute_dtype,
@@ -25,6 +27,16 @@ LN_2 = 0.6931471805599453
 def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> str | None:
     """The CPU forward takes every call."""
     return None
+
+
+def plan_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> dict[str, object]:
+    """What this kernel would do with the call, for `octavo.explain`."""
+    by_torch = sdpa.takes_options(q, k, v, spec, t)
+    if by_torch and is_whole(t) and sdpa.takes_lengths(spec, q.shape[1], k.shape[1]):
+        return {"algorithm": "torch's fused CPU attention", "tile": "torch's", "splits": 1}
+    tile = f"at most {ROWS_PER_TILE} rows × {KEYS_PER_TILE} keys, {TILE_ELEMENTS} scores"
+    mixed = ", torch's fused attention for the sequences whose mask it has" if by_torch else ""
+    return {"algorithm": f"own tiles of matmuls{mixed}", "tile": tile, "splits": 1}
 
 
 def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:

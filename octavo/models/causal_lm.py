@@ -6,13 +6,17 @@ A family (llama.py, qwen3.py, gemma3.py, …) says what is its own: how a layer 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from octavo.models.config import ModelConfig
+from octavo.models.fused import fuse
 from octavo.nn import GatedMLP, LayerKVCache, Linear, MultiHeadAttention, RMSNorm, RotaryEmbedding, Rotation
+from octavo.ops.decoder import DecoderStack
+from octavo.ops.dispatch import forced_backend
 from octavo.ops.linear import QuantizedWeight
 from octavo.ops.metadata import AttentionMetadata
 
@@ -145,14 +149,30 @@ class CausalLM(nn.Module):
             if metadata is not None:
                 raise ValueError(f"positions ({token_ids.shape[0]},) are missing: a packed batch needs them")
             positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
-        caches = [None] * len(self.layers) if kv_caches is None else kv_caches
         rotation = self.rope(positions, metadata)
+        stack = self._stack_for(kv_caches)
+        if stack is not None and kv_caches is not None and metadata is not None:
+            pages = [(cache.k, cache.v) for cache in kv_caches]
+            return stack(self.embed(token_ids), rotation.cos, rotation.sin, pages, metadata)
+        caches = [None] * len(self.layers) if kv_caches is None else kv_caches
         local_rotation = rotation if self.local_rope is self.rope else self.local_rope(positions, metadata)
         x = self.embed(token_ids)
         for layer, window, cache in zip(self.layers, self.config.layer_windows, caches, strict=True):
             x = layer(x, local_rotation if window else rotation, cache, metadata)
         hidden: Tensor = self.norm(x)
         return hidden
+
+    @cached_property
+    def stack(self) -> DecoderStack | None:
+        """All layers as one call, where they fit; made when first needed, with the weights of that moment."""
+        return fuse(self)
+
+    def _stack_for(self, kv_caches: Sequence[LayerKVCache] | None) -> DecoderStack | None:
+        """The stack, when it can run over these caches and no other backend is forced."""
+        if not kv_caches or forced_backend() not in (None, "cpu"):
+            return None
+        on_cpu = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in kv_caches[0].tensors)
+        return self.stack if on_cpu else None
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, d), or (B, S, d), to logits over the vocabulary, fp32."""

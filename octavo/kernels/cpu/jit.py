@@ -40,6 +40,12 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(home) / "octavo" / "kernels"
 
 
+def pack(*arguments: int | float) -> bytes:
+    """A kernel's arguments behind the addresses of the thread runtime."""
+    fields = "".join("d" if isinstance(a, float) else "q" for a in arguments)
+    return struct.pack(f"{HEADER}q{fields}", *_openmp().functions, *arguments)
+
+
 class Kernel:
     """A kernel by name: loaded from disk, or compiled, at its first call. Safe to call from several threads.
 
@@ -53,10 +59,11 @@ class Kernel:
 
     def __call__(self, *arguments: int | float, threads: int | None = None) -> None:
         """Runs on `threads` (default: as many as torch uses); ints and floats arrive as int64 and float64."""
-        runtime = _openmp()
-        fields = "".join("d" if isinstance(a, float) else "q" for a in arguments)
-        packed = struct.pack(f"3q{fields}", *runtime.functions, *arguments)
-        runtime.run(self.address, packed, threads or torch.get_num_threads())
+        self.run(pack(*arguments), threads or torch.get_num_threads())
+
+    def run(self, packed: bytes, threads: int) -> None:
+        """Runs on arguments made by `pack`."""
+        _openmp().run(self.address, packed, threads)
 
     @property
     def address(self) -> int:

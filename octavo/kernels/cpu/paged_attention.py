@@ -1,19 +1,19 @@
 """Attention over a paged KV cache that reads the blocks where they lie: decode rows and prefill chunks in one call.
 
-Work is cut into items: one sequence, one KV head, up to 48 rows (the query heads of that KV head × a few tokens), so that
-a key is read once for all of them. An item runs over tiles of 64 keys with an online softmax in fp32. The tiles of all items
-are dealt to the threads in equal, contiguous shares, whatever the lengths; an item that two threads share leaves partial
-results, merged after a barrier.
+Work is cut into items: one sequence, one KV head, up to 48 rows (the query heads of that KV head × a few tokens), so
+that a key is read once for all of them. An item runs over tiles of 64 keys with an online softmax in fp32. The tiles
+of all items are dealt to the threads in equal, contiguous shares, whatever the lengths; an item that two threads
+share leaves partial results, merged after a barrier.
 
-Few rows (decode) multiply each key where it lies and add up lanes by a butterfly; many rows (prefill) first transpose the
-tile's keys, so that lanes are keys and nothing is added across lanes.
+Few rows (decode) multiply each key where it lies and add up lanes by a butterfly; many rows (prefill) first transpose
+the tile's keys, so that lanes are keys and nothing is added across lanes.
 """
 
 import functools
 
 import torch
 
-from octavo.kernels.cpu.jit import Kernel
+from octavo.kernels.cpu.jit import Kernel, pack
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 
 MAX_ROWS = 48  # of an item
@@ -44,32 +44,51 @@ def refuses_paged_attention(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """q (T, Hq, D) packed by `cu_seqlens_q` → `(out (T, Hq, Dv), softmax_lse (Hq, T))`; splits are chosen by the kernel."""
+    """q (T, Hq, D) packed by `cu_seqlens_q` → `(out (T, Hq, Dv), softmax_lse (Hq, T))`; num_splits is the kernel's affair."""
     tokens, heads, head_dim = q.shape
     head_dim_v = v_cache.shape[-1]
     out = q.new_zeros(tokens, heads, head_dim_v)
     maxima_and_totals = q.new_zeros(2, heads, tokens, dtype=torch.float32)
     threads = torch.get_num_threads()
     scratch = torch.empty(threads, scratch_bytes(head_dim, head_dim_v), dtype=torch.uint8)
-    sink = t.learnable_sink
-    keep = [x.to(torch.int32).contiguous() for x in (t.cu_seqlens_q, t.seqused_k)]
-    table = t.block_table if t.block_table.stride(1) == 1 else t.block_table.contiguous()
-    sink = None if sink is None else sink.float().contiguous()
-    size = q.element_size()
-    _kernel(head_dim, head_dim_v, _TYPES[q.dtype])(
-        *(q.data_ptr(), q.stride(0) * size, q.stride(1) * size, out.data_ptr(), heads * head_dim_v * size),
-        *(maxima_and_totals.data_ptr(), tokens, len(keep[1]), heads, k_cache.shape[2]),
-        *(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[1]),
-        *(stride * size for cache in (k_cache, v_cache) for stride in cache.stride()[:3]),
-        *(keep[0].data_ptr(), keep[1].data_ptr(), table.data_ptr(), table.stride(0)),
-        *(spec.window_left, spec.window_right, 0 if sink is None else sink.data_ptr()),
-        *(float(spec.softmax_scale), float(spec.softcap)),
-        scratch.data_ptr(),
-        scratch.stride(0),
-        threads=threads,
-    )
+    arguments, keep = attention_arguments(q, k_cache, v_cache, spec, t, out, maxima_and_totals, scratch)
+    _kernel(head_dim, head_dim_v, _TYPES[q.dtype]).run(arguments, threads)
+    del keep
     maxima, totals = maxima_and_totals
     return out, maxima + totals.log()
+
+
+def attention_arguments(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    spec: AttentionSpec,
+    t: AttentionTensors,
+    out: Tensor,
+    maxima_and_totals: Tensor | None,
+    scratch: Tensor,
+) -> tuple[bytes, list[Tensor]]:
+    """The kernel's arguments, and the tensors that must live until it has run. `scratch` has a row for each thread."""
+    assert t.cu_seqlens_q is not None
+    assert t.seqused_k is not None
+    assert t.block_table is not None
+    cu_seqlens, seqused = (x.to(torch.int32).contiguous() for x in (t.cu_seqlens_q, t.seqused_k))
+    table = t.block_table if t.block_table.stride(1) == 1 else t.block_table.contiguous()
+    sink = None if t.learnable_sink is None else t.learnable_sink.float().contiguous()
+    size = k_cache.element_size()
+    arguments = pack(
+        *(q.data_ptr(), q.stride(0) * q.element_size(), q.stride(1) * q.element_size()),
+        *(out.data_ptr(), out.stride(0) * out.element_size()),
+        *(0 if maxima_and_totals is None else maxima_and_totals.data_ptr(), q.shape[0]),
+        *(len(seqused), q.shape[1], k_cache.shape[2]),
+        *(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[1]),
+        *(stride * size for cache in (k_cache, v_cache) for stride in cache.stride()[:3]),
+        *(cu_seqlens.data_ptr(), seqused.data_ptr(), table.data_ptr(), table.stride(0)),
+        *(spec.window_left, spec.window_right, 0 if sink is None else sink.data_ptr()),
+        *(float(spec.softmax_scale), float(spec.softcap)),
+        *(scratch.data_ptr(), scratch.stride(0), q.shape[2]),
+    )
+    return arguments, [cu_seqlens, seqused, table, *([] if sink is None else [sink])]
 
 
 def scratch_bytes(head_dim: int, head_dim_v: int) -> int:

@@ -15,13 +15,22 @@ import functools
 import torch
 
 from octavo.kernels.cpu.jit import Kernel
+from octavo.kernels.spec import Tensor
 
 GROUP = 32
 ROWS = 16
 MAX_TOKENS = 6  # of a tile: 6 · 2 integer and 6 · 2 fp32 sums fill 24 of 32 registers
 
 
-def quant_linear(x, codes, scales, mins, zero_point, bits, bias=None):
+def quant_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    mins: Tensor | None,
+    zero_point: int,
+    bits: int,
+    bias: Tensor | None = None,
+) -> Tensor:
     """x (T, in) fp32 contiguous, codes (row_blocks, groups, 64 · bits) uint8, scales and mins (row_blocks, groups, 16)
     fp16 or fp32, bias (row_blocks · 16,) fp32: (T, row_blocks · 16) fp32."""
     tokens, groups, row_blocks = x.shape[0], codes.shape[1], codes.shape[0]
@@ -44,13 +53,13 @@ def quant_linear(x, codes, scales, mins, zero_point, bits, bias=None):
     return out
 
 
-def workspace_bytes(tokens, groups):
+def workspace_bytes(tokens: int, groups: int) -> int:
     """Of the quantised activations: codes, scales, sums, each (tokens, groups)."""
     return tokens * groups * (GROUP + 4 + 4)
 
 
 @functools.cache
-def _kernel(bits, has_mins, wide_scales):
+def _kernel(bits: int, has_mins: bool, wide_scales: bool) -> Kernel:
     name = f"quant-linear-{bits}{'m' if has_mins else 'z'}{'32' if wide_scales else '16'}"
 
     def build():

@@ -140,30 +140,24 @@ def _make_any_tile(kind):
 
 
 def make_phases(bits, has_mins, wide_scales):
-    """(quantize, multiply): the two halves of a linear layer, each shared by the threads of a region."""
+    """(quantize, multiply, quantize_one): the halves of a linear layer, shared by a region's threads, and one row's."""
     code_bytes, scale_bytes = 64 * bits, ROWS * (4 if wide_scales else 2)
     kind = (bits, has_mins, wide_scales)
     tile, edge = _make_any_tile(kind), make_tile(1, 1, *kind)
     mins_flag = 1 if has_mins else 0
 
     @njit(error_model="numpy")
-    def quantize(me, threads, x, tokens, groups, zero_point, workspace):
-        scales = workspace + tokens * groups * GROUP
+    def quantize_one(row, t, tokens, groups, zero_point, workspace):
+        """Token t's row of fp32 into the workspace."""
+        scales = workspace + tokens * groups * GROUP + t * groups * 4
         sums = scales + tokens * groups * 4
+        quantize_row((row, groups, workspace + t * groups * GROUP, scales, sums, zero_point, mins_flag))
+
+    @njit(error_model="numpy")
+    def quantize(me, threads, x, tokens, groups, zero_point, workspace):
         first, last = share(tokens, me, threads)
         for t in range(first, last):
-            row = t * groups
-            quantize_row(
-                (
-                    x + row * GROUP * 4,
-                    groups,
-                    workspace + row * GROUP,
-                    scales + row * 4,
-                    sums + row * 4,
-                    zero_point,
-                    mins_flag,
-                )
-            )
+            quantize_one(x + t * groups * GROUP * 4, t, tokens, groups, zero_point, workspace)
 
     @njit(error_model="numpy")
     def multiply(me, threads, workspace, tokens, groups, row_blocks, codes, scales, mins, bias, out, accumulate):
@@ -191,11 +185,11 @@ def make_phases(bits, has_mins, wide_scales):
                 arguments = (w, s, m, a, act_scales + g, act_sums + g, groups, bias_at, o, stride, accumulate)
                 tile(end - t, arguments)
 
-    return quantize, multiply
+    return quantize, multiply, quantize_one
 
 
 def make_kernel(bits, has_mins, wide_scales):
-    quantize, multiply = make_phases(bits, has_mins, wide_scales)
+    quantize, multiply, _ = make_phases(bits, has_mins, wide_scales)
 
     def kernel(p):
         me, threads = thread(p), num_threads(p)

@@ -8,7 +8,8 @@ int8 dot product names the instruction of the CPU.
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from octavo.kernels.cpu.jit import HEADER, cpu

@@ -1,0 +1,204 @@
+"""The code of decoder.py: imported only to compile it, so that a warm start needs no Numba."""
+
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils
+
+from octavo.kernels.cpu.decoder import LAYER_FIELDS
+from octavo.kernels.cpu.jit import HEADER
+from octavo.kernels.cpu.paged_attention_code import make_attention
+from octavo.kernels.cpu.quant_linear_code import make_phases
+from octavo.kernels.cpu.simd import (
+    F32,
+    I64,
+    LANES,
+    barrier,
+    emitted,
+    f32,
+    float_argument,
+    i64,
+    int_argument,
+    num_threads,
+    share,
+    thread,
+    vector,
+)
+
+_jit = njit(error_model="numpy")
+
+
+def _emit_rms_norm(code, source, weight, width, eps, target):
+    """target = source / √(mean(source²) + eps) · weight; `eps` is its address."""
+    b = code.b
+    squares = code.variable(code.constant(0.0))
+    steps = b.sdiv(width, I64(LANES))
+    with cgutils.for_range(b, steps) as loop:
+        x = code.load(code.offset(source, (loop.index, 64)), vector(F32))
+        b.store(code.fma(x, x, b.load(squares)), squares)
+    mean = b.fdiv(code.reduce("add", b.load(squares)), b.sitofp(width, F32))
+    root = code.call("llvm.sqrt.f32", F32, b.fadd(mean, code.load(eps, F32)))
+    factor = code.splat(b.fdiv(ir.Constant(F32, 1.0), root))
+    with cgutils.for_range(b, steps) as loop:
+        at = b.mul(loop.index, I64(64))
+        x = code.load(b.add(source, at), vector(F32))
+        w = code.load(b.add(weight, at), vector(F32))
+        code.store(b.fmul(b.fmul(x, factor), w), b.add(target, at))
+
+
+def _emit_swiglu(code, gate, up, width, target):
+    """target = silu(gate) · up."""
+    b = code.b
+    with cgutils.for_range(b, b.sdiv(width, I64(LANES))) as loop:
+        at = b.mul(loop.index, I64(64))
+        g, u = (code.load(b.add(x, at), vector(F32)) for x in (gate, up))
+        grown = b.fadd(code.constant(1.0), code.exp(b.fneg(g)))
+        code.store(b.fmul(b.fdiv(g, grown), u), b.add(target, at))
+
+
+def _emit_rotate(code, x, cos, sin, half):
+    """x[i], x[half + i] turned by angle i, in place."""
+    b = code.b
+    with cgutils.for_range(b, b.sdiv(half, I64(LANES))) as loop:
+        at = b.mul(loop.index, I64(64))
+        first, second = b.add(x, at), b.add(code.offset(x, (half, 4)), at)
+        a, c = code.load(first, vector(F32)), code.load(second, vector(F32))
+        turn_cos, turn_sin = (code.load(b.add(table, at), vector(F32)) for table in (cos, sin))
+        code.store(b.fsub(b.fmul(a, turn_cos), b.fmul(c, turn_sin)), first)
+        code.store(b.fadd(b.fmul(c, turn_cos), b.fmul(a, turn_sin)), second)
+
+
+def _emit_copy(code, source, target, width):
+    with cgutils.for_range(code.b, code.b.sdiv(width, I64(LANES))) as loop:
+        at = code.b.mul(loop.index, I64(64))
+        code.store(code.load(code.b.add(source, at), vector(F32)), code.b.add(target, at))
+
+
+rms_norm, swiglu, rotate, copy_row = (emitted(e) for e in (_emit_rms_norm, _emit_swiglu, _emit_rotate, _emit_copy))
+
+
+@_jit
+def rotate_and_store(p, layer, attention, row, me, threads):
+    """q and k of this thread's tokens: their norms where there are any, the rotation; k and v into the cache."""
+    heads, kv_heads, half, head_dim = (
+        int_argument(p, 8),
+        int_argument(p, 9),
+        int_argument(p, 13),
+        int_argument(attention, 30),
+    )
+    width = 4 * head_dim
+    block_size = int_argument(attention, 12)
+    first, last = share(int_argument(p, 1), me, threads)
+    for t in range(first, last):
+        q = int_argument(p, 15) + t * (heads + 2 * kv_heads) * width
+        cos, sin = int_argument(p, 11) + 4 * t * half, int_argument(p, 12) + 4 * t * half
+        for h in range(heads + kv_heads):
+            norm = i64(layer)[2] if h < heads else i64(layer)[3]
+            if norm != 0:
+                rms_norm((q + h * width, norm, head_dim, row - 64, q + h * width))
+            rotate((q + h * width, cos, sin, half))
+        slot = i64(int_argument(p, 14))[t]
+        if slot < 0:
+            continue
+        block, offset = slot // block_size, slot % block_size
+        for h in range(kv_heads):
+            k = q + (heads + h) * width
+            k_to = block * int_argument(attention, 13) + offset * int_argument(attention, 14)
+            v_to = block * int_argument(attention, 16) + offset * int_argument(attention, 17)
+            copy_row((k, i64(layer)[20] + k_to + h * int_argument(attention, 15), head_dim))
+            copy_row((k + kv_heads * width, i64(layer)[21] + v_to + h * int_argument(attention, 18), head_dim))
+
+
+def make_kernel(head_dim, bits, has_mins, wide_scales):
+    quantize, multiply, quantize_one = make_phases(bits, has_mins, wide_scales)
+    walk = make_attention(head_dim, head_dim, "f32", "f32")
+
+    @_jit
+    def normalize(p, weight, row, me, threads):
+        """The norm of this thread's rows of hidden, quantised."""
+        tokens, width = int_argument(p, 1), int_argument(p, 6)
+        first, last = share(tokens, me, threads)
+        for t in range(first, last):
+            rms_norm((int_argument(p, 0) + 4 * t * width, weight, width, row - 64, row))
+            quantize_one(row, t, tokens, width // 32, int_argument(p, 10), int_argument(p, 18))
+
+    @_jit
+    def activate(p, row, me, threads):
+        """SwiGLU of this thread's rows, quantised."""
+        tokens, width = int_argument(p, 1), int_argument(p, 7)
+        first, last = share(tokens, me, threads)
+        for t in range(first, last):
+            gate = int_argument(p, 17) + 8 * t * width
+            swiglu((gate, gate + 4 * width, width, row))
+            quantize_one(row, t, tokens, width // 32, int_argument(p, 10), int_argument(p, 18))
+
+    @_jit
+    def product(p, linear, in_features, out_features, out, accumulate, me, threads):
+        """out (+)= the quantised activations times the linear whose four addresses are at `linear`."""
+        w = i64(linear)
+        multiply(
+            me,
+            threads,
+            int_argument(p, 18),
+            int_argument(p, 1),
+            in_features // 32,
+            out_features // 16,
+            w[0],
+            w[1],
+            w[2],
+            w[3],
+            out,
+            accumulate,
+        )
+
+    @_jit
+    def attend(p, layer, attention, me, threads):
+        i64(attention)[HEADER + 10] = i64(layer)[20]
+        i64(attention)[HEADER + 11] = i64(layer)[21]
+        i64(attention)[HEADER + 23] = i64(layer)[22]
+        walk(attention, me, threads, False)
+        barrier(p)
+        walk(attention, me, threads, True)
+
+    @_jit
+    def run_layer(p, layer, attention, row, me, threads):
+        """One layer; a barrier ends each phase."""
+        hidden, tokens, width, inner = int_argument(p, 0), int_argument(p, 1), int_argument(p, 6), int_argument(p, 7)
+        heads, kv_heads = int_argument(p, 8), int_argument(p, 9)
+        qkv, attended, gate_up = int_argument(p, 15), int_argument(p, 16), int_argument(p, 17)
+        attended_width = heads * head_dim
+        normalize(p, i64(layer)[0], row, me, threads)
+        barrier(p)
+        product(p, layer + 8 * 4, width, attended_width + 2 * kv_heads * head_dim, qkv, 0, me, threads)
+        barrier(p)
+        rotate_and_store(p, layer, attention, row, me, threads)
+        barrier(p)
+        attend(p, layer, attention, me, threads)
+        barrier(p)
+        quantize(me, threads, attended, tokens, attended_width // 32, int_argument(p, 10), int_argument(p, 18))
+        barrier(p)
+        product(p, layer + 8 * 8, attended_width, width, hidden, 1, me, threads)
+        barrier(p)
+        normalize(p, i64(layer)[1], row, me, threads)
+        barrier(p)
+        product(p, layer + 8 * 12, width, 2 * inner, gate_up, 0, me, threads)
+        barrier(p)
+        activate(p, row, me, threads)
+        barrier(p)
+        product(p, layer + 8 * 16, inner, width, hidden, 1, me, threads)
+        barrier(p)
+
+    def kernel(p):
+        me, threads = thread(p), num_threads(p)
+        mine = int_argument(p, 19) + me * int_argument(p, 20)
+        row = mine + 512  # before it: a copy of the attention's arguments, and eps
+        f32(row - 64)[0] = float_argument(p, 24)
+        for i in range(int_argument(p, 22)):
+            i64(mine)[i] = i64(int_argument(p, 21))[i]
+        for index in range(int_argument(p, 2)):
+            run_layer(p, int_argument(p, 3) + 8 * LAYER_FIELDS * index, mine, row, me, threads)
+        hidden, out, width = int_argument(p, 0), int_argument(p, 5), int_argument(p, 6)
+        first, last = share(int_argument(p, 1), me, threads)
+        for t in range(first, last):
+            rms_norm((hidden + 4 * t * width, int_argument(p, 4), width, row - 64, out + 4 * t * width))
+
+    return kernel

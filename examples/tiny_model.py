@@ -39,7 +39,7 @@ class TinyConfig:
     heads: int = 6
     head_dim: int = 32
     mlp_dim: int = 512
-    context: int = 256
+    context: int = 128
     kv_rank: int = 48
     rope_head_dim: int = 16
     vocab_size: int = 257

@@ -5,8 +5,10 @@
     octavo generate --model runs/gqa/hf "To be, or"                         # the engine serves what was trained
     python examples/train_tiny.py --compare --save                          # loss against KV bytes: MHA, GQA, MQA, MLA
 
+--compare trains each in its own folder under --out; with --resume it goes on from what is there.
+
 A run is the same whether or not it was interrupted: batches are drawn from (seed, step), and a checkpoint, one
-safetensors file, holds weights, optimizer and history. Ctrl-C writes one and leaves.
+safetensors file, holds weights, optimizer and history. Ctrl-C leaves the last one to go on from.
 """
 
 import argparse
@@ -35,8 +37,8 @@ ADAM = ("exp_avg", "exp_avg_sq", "step")
 class Plan:
     """How to train; part of what a checkpoint must match."""
 
-    steps: int = 600
-    batch: int = 12
+    steps: int = 500
+    batch: int = 8
     learning_rate: float = 3e-3
     eval_every: int = 50
     seed: int = 0
@@ -109,7 +111,7 @@ def train(run: Run, text: Text, plan: Plan, stop_at: int, label: str) -> Iterato
             bar.update()
             bar.set_postfix(loss=f"{run.train_loss[-1]:.3f}")
             if run.step % plan.eval_every == 0 or run.step == plan.steps:
-                run.validation.append((run.step, validate(run.model, text, count=8 * plan.batch)))
+                run.validation.append((run.step, validate(run.model, text, count=16 * plan.batch)))
                 yield run
 
 
@@ -143,21 +145,25 @@ def load_checkpoint(run: Run, plan: Plan, path: Path) -> None:
     run.validation = [(step, loss) for step, loss in history["validation"]]
 
 
-def train_one(config: TinyConfig, plan: Plan, text: Text, options: argparse.Namespace) -> Run:
-    """Train with checkpoints under `options.out`, resuming if asked; export and sample at the end."""
-    run, path = start(config, plan), options.out / "checkpoint.safetensors"
-    if options.resume:
+def train_one(config: TinyConfig, plan: Plan, text: Text, out: Path, options: argparse.Namespace) -> Run:
+    """Train with checkpoints under `out`, resuming if asked; export and sample at the end."""
+    run, path = start(config, plan), out / "checkpoint.safetensors"
+    if options.resume and path.exists():
         load_checkpoint(run, plan, path)
+    elif options.resume:
+        print(f"no checkpoint at {path}: starting at step 0")
     try:
         for _ in train(run, text, plan, options.stop_at or plan.steps, config.attention):
             save_checkpoint(run, plan, path)
     except KeyboardInterrupt:
-        print(f"interrupted at step {run.step}")
+        # no checkpoint here: the interrupt may have come in the middle of an optimizer step
+        print(f"interrupted at step {run.step}; --resume goes on from the last checkpoint, {path}")
+        raise SystemExit(130) from None
     save_checkpoint(run, plan, path)
     print(f"checkpoint: {path} (step {run.step} of {plan.steps})")
     if config.wiring == "pre":
-        export(run.model, options.out / "hf")
-        print(f"Hugging Face layout: {options.out / 'hf'}")
+        export(run.model, out / "hf")
+        print(f"Hugging Face layout: {out / 'hf'}")
     sample = run.model.generate(b"To be, or", max_new_tokens=40 if options.quick else 200)
     print(f"--- a sample\n{sample.decode(errors='replace')}\n---")
     return run
@@ -204,7 +210,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--wiring", default="pre", help='residual wiring, a name of octavo.nn.wire such as "pre+branch"'
     )
-    parser.add_argument("--steps", type=int, help="optimizer steps (default 600; 12 with --quick)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default 500; 12 with --quick)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/tiny"), help="folder of the checkpoint and the exported model"
@@ -226,14 +232,13 @@ def main() -> None:
         plan = replace(plan, steps=options.steps)
     text = load_text()
     if options.compare:
-        runs = {}
-        for name in ATTENTIONS:
-            runs[name] = start(replace(config, attention=name), plan)
-            for _ in train(runs[name], text, plan, plan.steps, name):
-                pass
+        runs = {
+            name: train_one(replace(config, attention=name), plan, text, options.out / name, options)
+            for name in ATTENTIONS
+        }
         print(table(runs))
     else:
-        runs = {config.attention: train_one(config, plan, text, options)}
+        runs = {config.attention: train_one(config, plan, text, options.out, options)}
     if options.save:
         figures.save(draw(runs, "A small decoder on Shakespeare, byte by byte"), options.save)
 

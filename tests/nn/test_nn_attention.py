@@ -223,7 +223,7 @@ def test_any_optimizer_trains_it() -> None:
             loss = (trained(x) - target).square().mean()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         assert losses[-1] < losses[0]
 
 

@@ -1,0 +1,664 @@
+"""FlashAttention forward for Hopper (sm_90), in Gluon: dense and varlen, GQA, causal, sliding window, softcap, sinks.
+
+One thread block holds a producer (the default partition: TMA only) and NUM_WG consumer warpgroups of 64 query rows each.
+The producer keeps a ring of key and value blocks full; each consumer runs, for key block i,
+
+    issue S(i) = Q·K(i)ᵀ  →  issue O += P(i-1)·V(i-1)  →  softmax of S(i) while that product runs  →  rescale O
+
+and hands the tensor cores to the next warpgroup right after issuing, so that its softmax runs under the other's products.
+P never leaves the registers. Key blocks are walked from the last to the first: the masked ones (the end of the sequence,
+the diagonal) come first and everything after them needs no mask. Blocks are persistent: a counter hands out query tiles,
+longest first, and the next tile's queries load while the last one's output is written.
+
+Rows of ragged (varlen) sequences are addressed so that TMA itself cuts at the end of each sequence, see `ragged_rows`.
+`docs/kernels/hopper_flash_fwd.md` draws the schedule and lists what was measured.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from octavo.kernels.hopper.gluon_compat import (
+    FIRST_BARRIER,
+    barrier_arrive,
+    barrier_sync,
+    barrier_sync_if,
+    finish_before_next_wait,
+    pack_pairs,
+    scale_unless_one,
+    tanh,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    unpack_pairs,
+)
+from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
+
+LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
+WG_ROWS = gl.constexpr(64)  # query rows of one warpgroup: the M of wgmma
+LAG = gl.constexpr(8.0)  # powers of two by which the row maximum may outgrow its reference
+# named barriers: whose turn it is at the tensor cores, and the stages of the ring that consumers have left
+TURN = gl.constexpr(FIRST_BARRIER)
+K_EMPTY = gl.constexpr(FIRST_BARRIER + 3)
+V_EMPTY = gl.constexpr(FIRST_BARRIER + 7)
+
+
+# --------------------------------------------------------------------------------------------- what a tile is
+
+
+@gluon.jit
+def tile_place(tile, grid):
+    """Tile number → (query block, query head, batch).
+
+    (batch, head) pairs are taken in sections whose keys and values fit the L2 together; in a section the last query
+    blocks, which are the longest when causal, go first.
+    """
+    num_m, heads, pairs, section = grid
+    index = tile // (section * num_m)
+    rest = tile - index * section * num_m
+    width = gl.minimum(section, pairs - index * section)
+    pair = index * section + rest % width
+    return num_m - 1 - rest // width, pair % heads, pair // heads
+
+
+@gluon.jit
+def sequence(batch, lengths, VARLEN: gl.constexpr):
+    """First query row, first key row, and their numbers, of one sequence."""
+    cu_q, cu_k, len_q, len_k = lengths
+    start_q = 0
+    start_k = 0
+    if VARLEN:
+        start_q = gl.load(cu_q + batch)
+        start_k = gl.load(cu_k + batch)
+        len_q = gl.load(cu_q + batch + 1) - start_q
+        len_k = gl.load(cu_k + batch + 1) - start_k
+    return start_q, start_k, len_q, len_k
+
+
+@gluon.jit
+def key_blocks(row, len_q, len_k, window, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr):
+    """Key blocks [begin, end) that query rows [row, row + ROWS) see; of them [clear_begin, clear_end) need no mask."""
+    left, right = window
+    row += len_k - len_q  # masks align bottom-right
+    end = len_k
+    clear = len_k
+    begin = 0
+    clear_begin = 0
+    if RIGHT:
+        end = gl.minimum(end, row + ROWS + right)
+        clear = gl.minimum(clear, row + right + 1)
+    if LEFT:
+        begin = gl.maximum(row - left, 0) // BLOCK_N
+        clear_begin = gl.cdiv(gl.maximum(row + ROWS - 1 - left, 0), BLOCK_N)
+    return begin, gl.cdiv(gl.maximum(end, 0), BLOCK_N), clear_begin, gl.maximum(clear, 0) // BLOCK_N
+
+
+@gluon.jit
+def ragged_rows(batch, start, length, row, N: gl.constexpr, VARLEN: gl.constexpr):
+    """The first two TMA coordinates of N rows from `row` of a sequence; rows past its end read as zero, are not written.
+
+    A varlen descriptor has the axes (row, row, head, dim) over one buffer, moved back by N rows, and its second axis ends
+    at N: starting that axis at N - (rows left) lets the hardware cut at the end of the sequence, not of the buffer.
+    """
+    if VARLEN:
+        valid = gl.maximum(gl.minimum(length - row, N), 0)
+        first = start + row + valid
+        second = N - valid
+    else:
+        first = batch
+        second = row
+    return first, second
+
+
+# --------------------------------------------------------------------------------------------- producer
+
+
+@gluon.jit
+def load_block(
+    desc, coord, index, smem, full, EMPTY: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr,
+):  # fmt: skip
+    """Load ring entry `index` once every consumer has left the one before it in the same stage."""
+    stage = index % STAGES
+    barrier_sync_if(index >= STAGES, EMPTY + stage, 128 * (NUM_WG + 1))
+    mbarrier.expect(full.index(stage), desc.block_type.nbytes)
+    tma_load(desc, coord, full.index(stage), smem.index(stage))
+
+
+@gluon.jit
+def publish(tile, turn, tiles, full, empty):
+    """Tell the consumers which tile is next."""
+    slot = turn % 2
+    mbarrier.wait(empty.index(slot), ((turn // 2) & 1) ^ 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    tiles.index(slot).store(gl.full([1], 0, gl.int32, layout) + tile)
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def produce(
+    descs, smem, bars, grid, lengths, window, num_tiles, group, counter,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
+    VARLEN: gl.constexpr, DYNAMIC: gl.constexpr,
+):  # fmt: skip
+    """Load the queries of one tile after another, and their key and value blocks, last block first."""
+    q_desc, k_desc, v_desc = descs
+    q_smem, k_smem, v_smem, o_smem, tiles = smem
+    q_full, q_empty, k_full, v_full, tile_full, tile_empty = bars
+    ROWS: gl.constexpr = WG_ROWS * NUM_WG
+    index = 0
+    turn = 0
+    loaded = 0
+    tile = gl.program_id(0)
+    while tile < num_tiles:
+        publish(tile, turn, tiles, tile_full, tile_empty)
+        m_block, head, batch = tile_place(tile, grid)
+        start_q, start_k, len_q, len_k = sequence(batch, lengths, VARLEN)
+        row = m_block * ROWS
+        if row < len_q:
+            begin, end, _, _ = key_blocks(row, len_q, len_k, window, ROWS, BLOCK_N, RIGHT, LEFT)
+            for wg in gl.static_range(NUM_WG):
+                mbarrier.wait(q_empty.index(wg), (loaded & 1) ^ 1)
+                mbarrier.expect(q_full.index(wg), q_desc.block_type.nbytes)
+                c0, c1 = ragged_rows(batch, start_q, len_q, row + wg * WG_ROWS, WG_ROWS, VARLEN)
+                tma_load(q_desc, [c0, c1, head, 0], q_full.index(wg), q_smem.index(wg))
+            loaded += 1
+            for n in range(begin, end):
+                c0, c1 = ragged_rows(batch, start_k, len_k, (begin + end - 1 - n) * BLOCK_N, BLOCK_N, VARLEN)
+                coord = [c0, c1, head // group, 0]
+                load_block(k_desc, coord, index, k_smem, k_full, K_EMPTY, STAGES, NUM_WG)
+                load_block(v_desc, coord, index, v_smem, v_full, V_EMPTY, STAGES, NUM_WG)
+                index += 1
+        turn += 1
+        if DYNAMIC:
+            tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        else:
+            tile += gl.num_programs(0)
+    publish(num_tiles, turn, tiles, tile_full, tile_empty)
+
+
+# --------------------------------------------------------------------------------------------- consumers
+
+
+@gluon.jit
+def next_tile(turn, tiles, full, empty):
+    slot = turn % 2
+    mbarrier.wait(full.index(slot), (turn // 2) & 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    tile = gl.sum(tiles.index(slot).load(layout), axis=0)
+    mbarrier.arrive(empty.index(slot), count=1)
+    return tile
+
+
+@gluon.jit
+def sum_within_threads(p):
+    """Row sums of p (rows, n) as far as one thread holds a row: (rows, 4), a quarter for each thread of a quad."""
+    p = gl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(p, axis=3), axis=1)
+
+
+@gluon.jit
+def softmax_block(
+    s, top, l, scale, cap, n, row, bounds,
+    MASK: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """exp2 of one block of scores: (P in fp32, reference exponent, sums, factor for what came before).
+
+    P is relative to 2^top. `top` follows the row maximum only when that has outgrown it by 2^LAG, so that the factor is
+    nearly always exactly 1 and the output needs no rescaling: P then stays below 2^LAG, which fp32 sums and the 16-bit P
+    hold as well as numbers below 1.
+    """
+    if SOFTCAP:
+        s = tanh(s * cap)
+    if MASK:
+        len_k, left, right = bounds
+        col = n * s.shape[1] + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+        keep = (col < len_k)[None, :]
+        if RIGHT:
+            keep = keep & (col[None, :] <= (row + right)[:, None])
+        if LEFT:
+            keep = keep & (col[None, :] >= (row - left)[:, None])
+        s = gl.where(keep, s, float("-inf"))
+    highest = gl.max(s, axis=1) * scale
+    top_new = gl.where(highest > top + LAG, highest, top)
+    shift = top_new
+    if MASK:
+        shift = gl.where(top_new == float("-inf"), 0.0, top_new)
+    p = gl.exp2(s * scale - shift[:, None])
+    alpha = gl.exp2(top - shift)
+    sums = sum_within_threads(p)
+    if l is None:
+        l = sums
+    else:
+        l = l * rows_as(alpha, sums) + sums
+    return p, top_new, l, alpha
+
+
+@gluon.jit
+def rows_as(x, like):
+    """x (rows,) as a column in the layout of `like`."""
+    return gl.convert_layout(x, gl.SliceLayout(1, like.type.layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def issue_scores(q, index, k_smem, k_full, wg: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Start Q·Kᵀ of ring entry `index`, once this warpgroup has its turn at the tensor cores."""
+    stage = index % STAGES
+    k = k_smem.index(stage)
+    k = k.reshape([k.shape[1], k.shape[3]])
+    mbarrier.wait(k_full.index(stage), (index // STAGES) & 1)
+    barrier_sync(TURN + wg, 256)
+    zero = gl.full([WG_ROWS, k.shape[0]], 0.0, gl.float32, S_LAYOUT)
+    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def issue_values(p, o, index, v_smem, v_full, STAGES: gl.constexpr):
+    """Start O += P·V of ring entry `index`."""
+    stage = index % STAGES
+    v = v_smem.index(stage)
+    v = v.reshape([v.shape[1], v.shape[3]])
+    mbarrier.wait(v_full.index(stage), (index // STAGES) & 1)
+    return warpgroup_mma(p, v, o, is_async=True)
+
+
+@gluon.jit
+def step(
+    n, index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
+    wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
+    MASK: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of key block n, and the product with V of block n + 1, whose P comes in."""
+    k_smem, v_smem = smem
+    k_full, v_full = bars
+    s = issue_scores(q, index, k_smem, k_full, wg, STAGES, S_LAYOUT)
+    a = unpack_pairs(p, q.dtype, gl.DotOperandLayout(0, o.type.layout, 2))
+    o = issue_values(a, o, index - 1, v_smem, v_full, STAGES)
+    barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
+    s = warpgroup_mma_wait(1, [s])
+    barrier_arrive(K_EMPTY + index % STAGES, 128 * (NUM_WG + 1))
+    p, top, l, alpha = softmax_block(s, top, l, scale, cap, n, row, bounds, MASK, RIGHT, LEFT, SOFTCAP)
+    l = finish_before_next_wait(l)
+    o, a, p, alpha = warpgroup_mma_wait(0, [o, a, p, alpha])
+    barrier_arrive(V_EMPTY + (index - 1) % STAGES, 128 * (NUM_WG + 1))
+    return top, l, scale_unless_one(o, rows_as(alpha, o)), pack_pairs(p, q.dtype)
+
+
+@gluon.jit
+def walk(
+    n, stop, index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
+    wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
+    MASK: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """Key blocks n, n - 1, …, stop; P of block n + 1 comes in unmultiplied, that of block `stop` goes out so."""
+    while n >= stop:
+        top, l, o, p = step(
+            n, index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
+            wg, NUM_WG, STAGES, S_LAYOUT, MASK, RIGHT, LEFT, SOFTCAP,
+        )  # fmt: skip
+        index += 1
+        n -= 1
+    return n, index, top, l, o, p
+
+
+@gluon.jit
+def normalise(top, l, head, sink_ptr, SINK: gl.constexpr):
+    """(factor for O, natural-log LSE); a sink adds exp(sink) to the sum; a row that saw nothing gives 0 and -inf."""
+    shrink = 1.0
+    if SINK:
+        sink = gl.load(sink_ptr + head).to(gl.float32) * LOG2E
+        top_new = gl.maximum(top, sink)
+        shrink = gl.exp2(top - top_new)
+        l = l * shrink + gl.exp2(sink - top_new)
+        top = top_new
+    return gl.where(l > 0, shrink / l, 0.0), gl.where(l > 0, (top + gl.log2(l)) * LN2, float("-inf"))
+
+
+@gluon.jit
+def attend(
+    q, begin, end, clear_begin, clear_end, index, scale, cap, row, bounds, smem, bars,
+    wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
+    EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """Unnormalised output of 64 rows over key blocks [begin, end): (index, top, row sums, O), the last product running."""
+    k_smem, v_smem = smem
+    k_full, v_full = bars
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, k_smem.shape[2], 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, v_smem.shape[4], 16])
+    top = gl.full([WG_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+    o = gl.full([WG_ROWS, v_smem.shape[4]], 0.0, gl.float32, O_LAYOUT)
+    s = issue_scores(q, index, k_smem, k_full, wg, STAGES, S_LAYOUT)
+    barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
+    s = warpgroup_mma_wait(0, [s])
+    barrier_arrive(K_EMPTY + index % STAGES, 128 * (NUM_WG + 1))
+    p, top, l, _ = softmax_block(s, top, None, scale, cap, end - 1, row, bounds, not EVEN, RIGHT, LEFT, SOFTCAP)
+    p = pack_pairs(p, q.dtype)
+    index += 1
+    n = end - 2
+    if RIGHT:
+        n, index, top, l, o, p = walk(
+            n, gl.maximum(clear_end, begin), index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
+            wg, NUM_WG, STAGES, S_LAYOUT, True, RIGHT, LEFT, SOFTCAP,
+        )  # fmt: skip
+    n, index, top, l, o, p = walk(
+        n, gl.maximum(clear_begin, begin), index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
+        wg, NUM_WG, STAGES, S_LAYOUT, False, RIGHT, LEFT, SOFTCAP,
+    )  # fmt: skip
+    if LEFT:
+        n, index, top, l, o, p = walk(
+            n, begin, index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
+            wg, NUM_WG, STAGES, S_LAYOUT, True, RIGHT, LEFT, SOFTCAP,
+        )  # fmt: skip
+    a = unpack_pairs(p, q.dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
+    o = issue_values(a, o, index - 1, v_smem, v_full, STAGES)
+    o, a = warpgroup_mma_wait(0, [o, a])
+    barrier_arrive(V_EMPTY + (index - 1) % STAGES, 128 * (NUM_WG + 1))
+    l = gl.convert_layout(gl.sum(l, axis=1), top.type.layout)
+    return index, top, l, o
+
+
+@gluon.jit
+def consume(
+    shared,
+    wg: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr,
+    LEFT: gl.constexpr, VARLEN: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
+    O_IN_Q: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: 64 query rows of one tile after another."""
+    o_desc, lse_ptr, sink_ptr, smem, bars, grid, lengths, window, num_tiles, scale, cap, lse_strides = shared
+    q_smem, k_smem, v_smem, o_smem, tiles = smem
+    q_full, q_empty, k_full, v_full, tile_full, tile_empty = bars
+    ROWS: gl.constexpr = WG_ROWS * NUM_WG
+    DV: gl.constexpr = v_smem.shape[4]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    left, right = window
+    lse_b, lse_h = lse_strides
+    q = q_smem.index(wg).reshape([WG_ROWS, q_smem.shape[4]])
+    out = o_smem.index(wg)
+    if wg == NUM_WG - 1:
+        barrier_arrive(TURN + 0, 256)  # the first warpgroup has the first turn
+    index = 0
+    turn = 0
+    loaded = 0
+    tile = next_tile(turn, tiles, tile_full, tile_empty)
+    while tile < num_tiles:
+        m_block, head, batch = tile_place(tile, grid)
+        start_q, _start_k, len_q, len_k = sequence(batch, lengths, VARLEN)
+        tile_row = m_block * ROWS
+        if tile_row < len_q:
+            begin, end, clear_begin, clear_end = key_blocks(tile_row, len_q, len_k, window, ROWS, BLOCK_N, RIGHT, LEFT)
+            first_row = tile_row + wg * WG_ROWS
+            row = first_row + gl.arange(0, WG_ROWS, ROW)
+            top = gl.full([WG_ROWS], float("-inf"), gl.float32, ROW)
+            l = gl.full([WG_ROWS], 0.0, gl.float32, ROW)
+            o = gl.full([WG_ROWS, DV], 0.0, gl.float32, O_LAYOUT)
+            mbarrier.wait(q_full.index(wg), loaded & 1)
+            loaded += 1
+            if begin < end:
+                index, top, l, o = attend(
+                    q, begin, end, clear_begin, clear_end, index, scale, cap, row + (len_k - len_q),
+                    (len_k, left, right), (k_smem, v_smem), (k_full, v_full),
+                    wg, NUM_WG, STAGES, RIGHT, LEFT, EVEN, SOFTCAP,
+                )  # fmt: skip
+            if not O_IN_Q:
+                mbarrier.arrive(q_empty.index(wg), count=1)
+            factor, lse = normalise(top, l, head, sink_ptr, SINK)
+            lse_row = lse_ptr + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + start_q
+            gl.store(lse_row + row, lse, mask=row < len_q)
+            c0, c1 = ragged_rows(batch, start_q, len_q, first_row, WG_ROWS, VARLEN)
+            tma_store_wait(0)
+            out.reshape([WG_ROWS, DV]).store((o * rows_as(factor, o)).to(q.dtype))
+            fence_async_shared()
+            tma_store(o_desc, [c0, c1, head, 0], out)
+            if O_IN_Q:
+                tma_store_wait(0)
+                mbarrier.arrive(q_empty.index(wg), count=1)
+        turn += 1
+        tile = next_tile(turn, tiles, tile_full, tile_empty)
+    tma_store_wait(0)
+
+
+# --------------------------------------------------------------------------------------------- kernel
+
+
+@gluon.jit
+def barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "len_q", "len_k", "num_m", "heads", "pairs", "section", "group", "left", "right", "num_tiles", "lse_b", "lse_h",
+    ]
+)  # fmt: skip
+def flash_fwd_kernel(
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, sink_ptr, cu_q, cu_k, counter,
+    len_q, len_k, num_m, heads, pairs, section, group, left, right, num_tiles, scale, cap, lse_b, lse_h,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
+    VARLEN: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, O_IN_Q: gl.constexpr,
+    DYNAMIC: gl.constexpr, REGS: gl.constexpr,
+):  # fmt: skip
+    D: gl.constexpr = q_desc.block_type.shape[3]
+    DV: gl.constexpr = v_desc.block_type.shape[3]
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [NUM_WG, 1, WG_ROWS, 1, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DV], v_desc.layout)
+    if O_IN_Q:
+        o_smem = q_smem
+    else:
+        o_smem = gl.allocate_shared_memory(dtype, [NUM_WG, 1, WG_ROWS, 1, DV], o_desc.layout)
+    tiles = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    smem = (q_smem, k_smem, v_smem, o_smem, tiles)
+    bars = (
+        barriers(NUM_WG, 1), barriers(NUM_WG, 1), barriers(STAGES, 1), barriers(STAGES, 1),
+        barriers(2, 1), barriers(2, NUM_WG),
+    )  # fmt: skip
+    grid = (num_m, heads, pairs, section)
+    lengths = (cu_q, cu_k, len_q, len_k)
+    window = (left, right)
+    lse_strides = (lse_b, lse_h)
+    descs = (q_desc, k_desc, v_desc)
+    shared = (o_desc, lse_ptr, sink_ptr, smem, bars, grid, lengths, window, num_tiles, scale, cap, lse_strides)
+    # constexprs stay constexprs only in a tuple that is not given a name
+    if NUM_WG == 2:
+        gl.warp_specialize(
+            [
+                (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter,
+                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, DYNAMIC)),
+                (consume, (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q)),
+                (consume, (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q)),
+            ],
+            [4, 4],
+            [REGS, REGS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter,
+                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, DYNAMIC)),
+                (consume, (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q)),
+                (consume, (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q)),
+                (consume, (shared, 2, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q)),
+            ],
+            [4, 4, 4],
+            [REGS, REGS, REGS],
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- host
+
+
+class Tile(NamedTuple):
+    """Warpgroups of 64 query rows, keys of one block, blocks in the ring, registers of a consumer's thread."""
+
+    num_wg: int
+    block_n: int
+    stages: int
+    registers: int
+    max_registers: int  # of all threads on average, which is what the launch asks for
+    out_in_q: bool = False  # write the output through the queries' shared memory, for want of more
+
+
+# by the widths of q and v in shared memory; measured on an H100, see docs/kernels/hopper_flash_fwd.md
+TILES = {
+    (64, 64): Tile(3, 128, 4, 160, 128),
+    (128, 128): Tile(2, 128, 2, 240, 168),
+    (256, 128): Tile(2, 64, 2, 240, 168),
+    (256, 256): Tile(2, 64, 2, 240, 168, out_in_q=True),
+}
+MIN_QUERIES = 64  # with fewer rows most of a tile is empty, and splitting the keys matters more
+L2_SHARE = 32 << 20  # bytes of keys and values that one section of heads may keep in the 50 MB L2
+_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+_UNSUPPORTED = ("seqused_q", "seqused_k", "leftpad_k", "block_table", "qv", "alibi_slopes", "attn_bias")
+
+
+def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> str | None:
+    """Why this backend cannot take the call, or None."""
+    if q.dtype not in _DTYPES:
+        return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    if (_width(q.shape[-1]), _width(v.shape[-1])) not in TILES or q.shape[-1] % 8 or v.shape[-1] % 8:
+        return f"it takes head_dim up to 256 in multiples of 8, the same or wider than v's, not {q.shape[-1]} and {v.shape[-1]}"
+    given = [name for name in _UNSUPPORTED if getattr(t, name) is not None]
+    if given or spec.dropout_p:
+        return f"it does not take {', '.join(given) or 'dropout_p'}"
+    if (t.cu_seqlens_q is None) != (t.cu_seqlens_k is None):
+        return "it takes cu_seqlens_q and cu_seqlens_k together"
+    if spec.softmax_scale <= 0:
+        return f"it takes a positive softmax_scale, not {spec.softmax_scale}"
+    if k.numel() == 0:
+        return "there are no keys"
+    rows = q.shape[1] if t.cu_seqlens_q is None else t.max_seqlen_q
+    if rows < MIN_QUERIES:
+        return f"its tiles are {MIN_QUERIES} query rows or more, the call has {rows}"
+    return None
+
+
+def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
+    """`(out, softmax_lse)`: out as q with v's last axis, LSE fp32 (B, Hq, Sq) or (Hq, Tq). See `kernels/spec.py`."""
+    varlen = t.cu_seqlens_q is not None
+    q, k, v = (_readable_by_tma(x) for x in (q, k, v))
+    heads, heads_k = q.shape[-2], k.shape[-2]
+    batch, len_q = (len(t.cu_seqlens_q) - 1, t.max_seqlen_q) if t.cu_seqlens_q is not None else q.shape[:2]
+    len_k = t.max_seqlen_k if varlen else k.shape[1]
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    lse = torch.empty((heads, q.shape[0]) if varlen else (batch, heads, len_q), dtype=torch.float32, device=q.device)
+    if varlen:  # rows that belong to no sequence
+        out.zero_()
+        lse.fill_(-math.inf)
+    if out.numel() == 0 or batch == 0:
+        return out, lse
+    tile = TILES[_width(q.shape[-1]), _width(v.shape[-1])]
+    num_m = triton.cdiv(len_q, tile.num_wg * WG_ROWS.value)
+    num_tiles = num_m * batch * heads
+    programs = min(num_tiles, _processors(q.device))
+    uneven = varlen or spec.window_left >= 0 or spec.window_right >= 0
+    pairs_in_l2 = L2_SHARE // (len_k * (q.shape[-1] + v.shape[-1]) * q.element_size()) if uneven else 1
+    group = heads // heads_k
+    flash_fwd_kernel[(programs,)](
+        _descriptor(q, WG_ROWS.value, varlen),
+        _descriptor(k, tile.block_n, varlen),
+        _descriptor(v, tile.block_n, varlen),
+        _descriptor(out, WG_ROWS.value, varlen),
+        lse,
+        lse if t.learnable_sink is None else t.learnable_sink,
+        t.cu_seqlens_q if varlen else lse,
+        t.cu_seqlens_k if varlen else lse,
+        torch.zeros(1, dtype=torch.int32, device=q.device) if num_tiles > programs else lse,
+        len_q,
+        len_k,
+        num_m,
+        heads,
+        batch * heads,
+        group * max(1, pairs_in_l2),
+        group,
+        spec.window_left,
+        spec.window_right,
+        num_tiles,
+        (spec.softcap or spec.softmax_scale) * LOG2E.value,
+        spec.softmax_scale / spec.softcap if spec.softcap else 0.0,
+        0 if varlen else lse.stride(0),
+        lse.stride(-2),
+        BLOCK_N=tile.block_n,
+        STAGES=tile.stages,
+        NUM_WG=tile.num_wg,
+        RIGHT=spec.window_right >= 0,
+        LEFT=spec.window_left >= 0,
+        VARLEN=varlen,
+        EVEN=not uneven and len_k % tile.block_n == 0,
+        SOFTCAP=spec.softcap != 0,
+        SINK=t.learnable_sink is not None,
+        O_IN_Q=tile.out_in_q,
+        DYNAMIC=num_tiles > programs,
+        REGS=tile.registers,
+        num_warps=4,
+        maxnreg=tile.max_registers,
+    )
+    return out, lse
+
+
+def _width(head_dim: int) -> int:
+    """Columns of a head in shared memory; TMA fills those past head_dim with zeros and does not write them back."""
+    return max(64, triton.next_power_of_2(head_dim))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _readable_by_tma(x: Tensor) -> Tensor:
+    """x, or a copy where TMA could not address it: last axis contiguous, the others' strides multiples of 16 bytes."""
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    aligned = all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in strides)
+    return x if x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+class _MovedBack(NamedTuple):
+    """Address and dtype of a tensor some bytes earlier, in the shape that Triton's descriptors ask for."""
+
+    tensor: Tensor
+    offset: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def data_ptr(self) -> int:
+        return self.tensor.data_ptr() - self.offset
+
+
+_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+
+
+def _descriptor(x: Tensor, rows: int, varlen: bool) -> TensorDescriptor:
+    """Boxes of `rows` rows of one head: axes (batch, row, head, dim), or (row, row, head, dim) as in `ragged_rows`."""
+    # TMA checks the stride of an axis of size 1 too, and torch may hold anything there
+    strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)  # its own checks cost 25 µs, four times a call
+    descriptor.block_shape, descriptor.layout = [1, rows, 1, _width(x.shape[-1])], _LAYOUT
+    descriptor.padding = "zero"
+    if varlen:
+        descriptor.base = _MovedBack(x, rows * strides[0] * x.element_size())
+        descriptor.shape = [x.shape[0] + 1, rows, x.shape[1], x.shape[2]]
+        descriptor.strides = [strides[0], *strides, 1]
+    else:
+        descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), [*strides, 1]
+    return descriptor

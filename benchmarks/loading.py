@@ -3,7 +3,7 @@
     python benchmarks/loading.py [--json FILE]
 
 Peers: the `gguf` package's reader and dequantisation. A cold start is a new process that imports, loads and computes the
-first token of a short chat through a paged cache; kernels are already compiled and cached on disk. Medians, in seconds.
+first token of a short chat through a paged cache; kernels are compiled and cached on disk already. Medians, seconds.
 """
 
 import argparse

@@ -120,6 +120,37 @@ def test_mixed_types_in_one_merged_projection_are_unpacked(make_gguf, tmp_path):
     assert torch.is_tensor(loaded.model.layers[0].attn.qkv_proj.weight)
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+def test_super_block_types_in_a_model(make_gguf, tmp_path, name):
+    """Random bytes with sane scales, since the `gguf` package reads these types but does not write them."""
+    kind = gguf.GGMLQuantizationType[name]
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    rng, written = np.random.default_rng(0), {}
+
+    def random_blocks(tensor, data, old):
+        if data.ndim != 2:
+            return data, old
+        raw = rng.integers(0, 256, (data.shape[0], data.shape[1] // 256 * size), dtype=np.uint8)
+        blocks = raw.reshape(-1, size)
+        for at in (208,) if name == "Q6_K" else (0, 2):
+            blocks[:, at + 1] = 0x10  # fp16 near 0.0005
+        written[tensor] = gguf.quants.dequantize(raw, kind)
+        return raw, kind
+
+    path, _ = make_gguf(transformers.LlamaConfig, "llama", hidden_size=256, intermediate_size=256, head_dim=64)
+    rewrite(path, tmp_path / "k.gguf", random_blocks)
+    loaded = load_model(tmp_path / "k.gguf", progress=False)
+    layer = loaded.model.layers[1]
+    kept = name in QuantizedWeight.QTYPES
+    assert (f"{name}, kept quantised" in loaded.held) == kept
+    weights = [layer.attn.qkv_proj.weight, layer.mlp.down_proj.weight]
+    qkv, down = (weight.dequantize() if kept else weight for weight in weights)
+    q, k, v = (written[f"blk.1.attn_{part}.weight"] for part in "qkv")
+    q, k = (w.reshape(heads, 32, 2, 256).swapaxes(1, 2).reshape(w.shape) for w, heads in ((q, 4), (k, 2)))
+    torch.testing.assert_close(qkv, torch.from_numpy(np.concatenate([q, k, v])))
+    torch.testing.assert_close(down, torch.from_numpy(written["blk.1.ffn_down.weight"]))
+
+
 def test_bf16_activations(make_gguf):
     path, reference = make_gguf(transformers.LlamaConfig, "llama", "BF16")
     loaded = load_model(path, dtype="bfloat16", progress=False)

@@ -2,7 +2,7 @@
 
     python benchmarks/loading.py [--json FILE]
 
-Peers: the `gguf` package's reader and dequantisation. A cold start is a new process that imports, loads and computes the
+Peers: the `gguf` package's reader and dequantisation. A cold start is a process that imports, loads and computes the
 first token of a short chat through a paged cache; kernels are compiled and cached on disk already. Medians, seconds.
 """
 

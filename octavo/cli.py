@@ -104,7 +104,9 @@ def _add_bench(commands: Any) -> None:
         "Prompts are random tokens, answers are greedy and don't stop early.",
     )
     command.set_defaults(run=run_bench)
-    command.add_argument("workload", nargs="?", choices=("throughput", "latency"), default="throughput")
+    workloads = "many requests at once, or one after the other (default throughput)"
+    choices = ("throughput", "latency")
+    command.add_argument("workload", nargs="?", choices=choices, default="throughput", help=workloads)
     command.add_argument("--num-prompts", type=int, default=32, metavar="N", help="requests (default 32)")
     command.add_argument("--input-len", type=int, default=128, metavar="N", help="tokens in a prompt (default 128)")
     command.add_argument("--output-len", type=int, default=64, metavar="N", help="tokens in an answer (default 64)")

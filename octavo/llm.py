@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 from tqdm import tqdm
 
 from octavo.engine.llm_engine import LLMEngine
+from octavo.engine.memory_report import MemoryReport, MemoryTrace
 from octavo.engine.options import EngineOptions
 from octavo.engine.outputs import RequestOutput
 from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
@@ -173,6 +174,18 @@ class LLM:
         finally:
             self.engine.abort(request_id)
             self._newest.pop(request_id, None)
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+
+    def memory_report(self) -> MemoryReport:
+        """Where every byte of the cache is right now: used, reserved, the wastes, cached, free. Print it."""
+        return self.engine.memory_report()
+
+    def record_memory(self) -> MemoryTrace:
+        """From now on the cache is measured after each step; `report()` of what is returned sums the run up, beside
+        what contiguous allocators would have taken."""
+        self.engine.memory_trace = MemoryTrace(self.engine.scheduler)
+        return self.engine.memory_trace
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.detokenizer import TokenBytes, token_bytes_of
 from octavo.engine.kv_cache import PagedKVCache, default_kv_cache_memory, kv_bytes_per_token, num_blocks_for
 from octavo.engine.logit_rules import bad_word_ids
+from octavo.engine.memory_report import MemoryReport, MemoryTrace, measure
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.options import EngineOptions
 from octavo.engine.outputs import RequestOutput
@@ -75,6 +76,7 @@ class LLMEngine:
         self._live: dict[str, LiveRequest | BeamSearch] = {}
         self._candidates: dict[int, Candidate] = {}
         self.num_generated_tokens = 0  # since the start, of all requests
+        self.memory_trace: MemoryTrace | None = None  # samples the cache after each step while it is set
 
     @classmethod
     def from_options(cls, options: EngineOptions, progress: bool = True) -> "LLMEngine":
@@ -220,7 +222,10 @@ class LLMEngine:
         except Exception:
             logger.exception("A step of %d sequences failed; their requests end with an error", len(output.scheduled))
             return [self._close(self._live[request.request_id]) for request in self.scheduler.fail_step(output)]
-        return self._record(self.scheduler.update(output, result), result)
+        outputs = self._record(self.scheduler.update(output, result), result)
+        if self.memory_trace is not None:
+            self.memory_trace.sample()
+        return outputs
 
     def _record(self, rows: list[SequenceState], result: StepResult) -> list[RequestOutput]:
         """Text, log probabilities and stop strings of the new tokens."""
@@ -271,6 +276,10 @@ class LLMEngine:
         return self._token_bytes[False][token_id].decode("utf-8", "replace")
 
     # ---- the whole -------------------------------------------------------------------------------------------------
+
+    def memory_report(self) -> MemoryReport:
+        """Where every byte of the cache is, now."""
+        return measure(self.scheduler)
 
     def check_integrity(self) -> None:
         """Asserts that scheduler, blocks and our own records agree; for tests, between steps."""

@@ -1,0 +1,6 @@
+"""Lets tests import the example scripts, which import each other by plain names."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))

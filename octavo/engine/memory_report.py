@@ -69,7 +69,7 @@ class MemoryReport:
 
 
 def measure(scheduler: Scheduler) -> MemoryReport:
-    """The live cache, at any time, also in mid-step. O(sequences + the step's new blocks), and one count over blocks."""
+    """The live cache, at any time, also in mid-step. O(sequences + the step's new blocks), and a count over blocks."""
     blocks, config = scheduler.blocks, scheduler.config
     size = config.block_size
     new_tokens = {entry.seq.seq_id: entry.num_new_tokens for entry in _entries(scheduler)}
@@ -207,7 +207,7 @@ class MemoryRunReport:
         return _share(waste, self.mean["used"] + waste)
 
     def shares(self) -> dict[str, dict[str, float]]:
-        """For each allocator, how what it holds divides into used and the three wastes: rows sum to 1 (0: empty run)."""
+        """For each allocator, how what it holds divides into used and the wastes: rows sum to 1 (0: empty run)."""
         parts = PARTS[:4]
         rows = {"paged": [self.mean[part] for part in parts]}
         rows |= {f"contiguous {use.reservation}": [getattr(use, part) for part in parts] for use in self.contiguous}

@@ -101,7 +101,7 @@ def test_unknown_names_are_refused_with_the_nearest(name: str, hint: str) -> Non
 
 def test_from_dict_checks_values_too() -> None:
     assert SamplingParams.from_dict({"n": 2, "top_k": 5}) == SamplingParams(n=2, top_k=5)
-    with pytest.raises(ValueError, match="^n: expected"):
+    with pytest.raises(ValueError, match=r"^n: expected"):
         SamplingParams.from_dict({"n": 0})
 
 

@@ -90,6 +90,16 @@ def test_the_latest_is_preempted_and_computes_its_tokens_again() -> None:
     assert latest.sequences[0].token_ids[: len(kept)] == kept
 
 
+def test_a_later_prompt_that_is_still_chunked_is_preempted_before_an_earlier_decode() -> None:
+    scheduler = make_scheduler(num_blocks=6, max_num_batched_tokens=12)
+    add(scheduler, "first", 8)
+    latest = add(scheduler, "latest", 16, first=50)
+    assert sizes(step(scheduler)[0]) == {"first": 8, "latest": 4}
+    output, _ = step(scheduler)
+    assert output.preempted == (latest.sequences[0],)
+    assert sizes(output) == {"first": 1}
+
+
 def test_priority_goes_first_and_fcfs_ignores_it() -> None:
     for policy, expected in (("priority", "urgent"), ("fcfs", "early")):
         scheduler = make_scheduler(max_num_seqs=1, scheduling_policy=policy)

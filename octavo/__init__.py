@@ -14,6 +14,7 @@ _EXPORTS = {
     "octavo.engine.sampling_params": ["SamplingParams", "BeamSearchParams"],
     "octavo.engine.outputs": ["RequestOutput", "CompletionOutput"],
     "octavo.engine.async_engine": ["AsyncLLM"],
+    "octavo.nn": ["MultiHeadAttention", "MultiHeadLatentAttention"],
     "octavo.ops": [
         "Explanation",
         "explain",
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from octavo.engine.sampling_params import BeamSearchParams as BeamSearchParams
     from octavo.engine.sampling_params import SamplingParams as SamplingParams
     from octavo.llm import LLM as LLM
+    from octavo.nn import MultiHeadAttention as MultiHeadAttention
+    from octavo.nn import MultiHeadLatentAttention as MultiHeadLatentAttention
     from octavo.ops import AttentionMetadata as AttentionMetadata
     from octavo.ops import Explanation as Explanation
     from octavo.ops import explain as explain

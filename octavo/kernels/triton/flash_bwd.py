@@ -86,7 +86,9 @@ def flash_bwd(
     if q.numel() == 0 or call.max_q == 0:
         return Gradients(dq, dk.zero_(), dv.zero_(), dqv, *_no_gradients(t))
     _launch_delta(call, out, dout, dlse, t)
-    tiles = backward_tiles(call.shapes["BLOCK_D"], call.shapes["BLOCK_DV"], q.element_size(), is_hopper(q))
+    more_inputs = t.attn_bias is not None or t.qv is not None
+    widths = (call.shapes["BLOCK_D"], call.shapes["BLOCK_DV"])
+    tiles = backward_tiles(*widths, q.element_size(), is_hopper(q), spec.window_right >= 0, more_inputs)
     if k.numel():
         _launch_dkdv(call, tiles.dkdv, dk, dv)
     _launch_dq(call, tiles.dq, dq, dqv)

@@ -119,9 +119,10 @@ def launch_forward(
     heads, rows = heads_q // group_rows, max_q * group_rows
     hopper = is_hopper(q)
     if group_rows > 1 or rows <= 64:
-        tile = packed_tile(rows, block_d + block_tail, block_dv, q.element_size(), hopper)
+        tile = packed_tile(rows, block_d + block_tail, block_dv, q.element_size(), hopper, k.shape[1] if paged else 0)
     else:
-        tile = forward_tile(block_d + block_tail, block_dv, q.element_size(), hopper)
+        more_inputs = t.attn_bias is not None or t.qv is not None
+        tile = forward_tile(block_d + block_tail, block_dv, q.element_size(), hopper, more_inputs)
     m_tiles = triton.cdiv(rows, tile.block_m)
 
     slots, target = split_slots(batch, heads * m_tiles, max_k, num_splits, paged, tile, num_processors(q.device))

@@ -1,0 +1,250 @@
+"""Dense attention forward and backward on one GPU: octavo's backends beside every peer that can be imported.
+
+    PYTHONPATH=. python3 benchmarks/attention.py [--dims 64,128,256] [--seqlens 1024,4096,16384] [--out results.json]
+
+Shapes are those of the FlashAttention-3 paper: bf16, hidden size 2048, 16k tokens in all (batch = 16384 / seqlen).
+Peers are torch's cuDNN and FlashAttention-2, FlexAttention, FA3 (vLLM's build) and FA4 (CuTe DSL). All run in one
+process on the same tensors; each is checked on one head against fp32. TFLOP/s count 4·B·S²·H·D forward, half of it when
+causal, 2.5 times as much backward. "of best peer" is octavo / fastest peer; "of ceiling" is against a bf16 8192³ product measured
+in the same run.
+"""
+
+import argparse
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
+
+from octavo.kernels.spec import AttentionSpec, AttentionTensors
+
+HIDDEN, TOKENS = 2048, 16384
+OURS = ("triton", "hopper")
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Runnable(NamedTuple):
+    """Forward once, then whatever is to be timed; `backward(out)` gives (dq, dk, dv), None where there is none."""
+
+    forward: Callable[[], torch.Tensor]
+    backward: Callable[[torch.Tensor], QKV] | None
+    saves_lse: bool = False  # its backward needs a forward's output and LSE
+
+
+def seconds(fn: Callable[[], object]) -> float:
+    """Median time of one call, in seconds."""
+    return do_bench(fn, warmup=25, rep=100, return_mode="median") * 1e-3
+
+
+def autograd_runnable(call: Callable[[], torch.Tensor], qkv: QKV, dout: torch.Tensor) -> Runnable:
+    """A peer whose backward is torch's autograd."""
+    graph: list[torch.Tensor] = []
+
+    def backward(_: torch.Tensor) -> QKV:
+        if not graph:
+            graph.append(call())
+        return torch.autograd.grad(graph[0], qkv, dout, retain_graph=True)
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return call()
+
+    return Runnable(forward, backward)
+
+
+def octavo(backend: str, qkv: QKV, dout: torch.Tensor, causal: bool) -> Runnable:
+    """Our kernels, called directly; a refusal is an error that says why."""
+    spec = AttentionSpec(qkv[0].shape[-1] ** -0.5, window_right=0 if causal else -1)
+    t = AttentionTensors()
+    q, k, v = (x.detach() for x in qkv)
+    forward_module = importlib.import_module(f"octavo.kernels.{backend}.flash_fwd")
+    reason = forward_module.refuses_flash_fwd(q, k, v, spec, t)
+    if reason:
+        raise ValueError(reason)
+    state: dict[str, torch.Tensor] = {}
+
+    def forward() -> torch.Tensor:
+        out, state["lse"] = forward_module.flash_fwd(q, k, v, spec, t)
+        return out
+
+    try:
+        backward_module = importlib.import_module(f"octavo.kernels.{backend}.flash_bwd")
+    except ModuleNotFoundError:
+        return Runnable(forward, None)
+    return Runnable(forward, lambda out: backward_module.flash_bwd(dout, q, k, v, out, state["lse"], spec, t)[:3], True)
+
+
+def torch_sdpa(kind: SDPBackend, qkv: QKV, dout: torch.Tensor, causal: bool) -> Runnable:
+    """torch's own kernels."""
+
+    def call() -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        with sdpa_kernel(kind):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+    return autograd_runnable(call, qkv, dout)
+
+
+def flex(qkv: QKV, dout: torch.Tensor, causal: bool) -> Runnable:
+    """FlexAttention, compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    length = qkv[0].shape[1]
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cuda") if causal else None
+
+    def call() -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        return compiled(q, k, v, block_mask=mask).transpose(1, 2)
+
+    return autograd_runnable(call, qkv, dout)
+
+
+def fa3(qkv: QKV, dout: torch.Tensor, causal: bool) -> Runnable:
+    """FlashAttention-3 of vLLM's wheel: forward only."""
+    from vllm.vllm_flash_attn import flash_attn_interface
+
+    batch, length = qkv[0].shape[:2]
+    cu = torch.arange(0, (batch + 1) * length, length, device="cuda", dtype=torch.int32)
+    q, k, v = (x.detach().flatten(0, 1) for x in qkv)
+
+    def forward() -> torch.Tensor:
+        return flash_attn_interface.flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            max_seqlen_q=length,
+            cu_seqlens_q=cu,
+            max_seqlen_k=length,
+            cu_seqlens_k=cu,
+            causal=causal,
+            fa_version=3,
+        ).view(qkv[0].shape)
+
+    return Runnable(forward, None)
+
+
+def fa4(qkv: QKV, dout: torch.Tensor, causal: bool) -> Runnable:
+    """FlashAttention-4 (CuTe DSL)."""
+    from flash_attn.cute import flash_attn_func
+
+    def call() -> torch.Tensor:
+        out = flash_attn_func(*qkv, causal=causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return autograd_runnable(call, qkv, dout)
+
+
+CANDIDATES: dict[str, Callable[..., Runnable]] = {
+    **{name: (lambda *a, name=name: octavo(name, *a)) for name in OURS},
+    "cudnn": lambda *a: torch_sdpa(SDPBackend.CUDNN_ATTENTION, *a),
+    "fa2": lambda *a: torch_sdpa(SDPBackend.FLASH_ATTENTION, *a),
+    "flex": flex,
+    "fa3": fa3,
+    "fa4": fa4,
+}
+
+
+def fp32_head(qkv: QKV, dout: torch.Tensor, causal: bool) -> list[torch.Tensor]:
+    """Output and gradients of batch 0, head 0 in fp32."""
+    leaves = [x.detach()[:1, :, :1].transpose(1, 2).float().requires_grad_() for x in qkv]
+    with sdpa_kernel(SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+    grads = torch.autograd.grad(out, leaves, dout[:1, :, :1].transpose(1, 2).float())
+    return [x.detach().transpose(1, 2) for x in (out, *grads)]
+
+
+def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((x.detach()[:1, :, :1].float() - reference).norm() / reference.norm()).item()
+
+
+def peak_bytes(make: Callable[[], Runnable]) -> int:
+    """Memory that one forward and backward adds to the inputs, at its peak."""
+    runnable = make()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    # autograd's backward runs its own forward first, so ours must not be counted beside it
+    runnable.backward(runnable.forward() if runnable.saves_lse else None)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(name: str, qkv: QKV, dout: torch.Tensor, causal: bool, reference: list[torch.Tensor]) -> dict[str, object]:
+    """One candidate on one shape: TFLOP/s and relative errors, or the reason why there are none."""
+    batch, length, heads, head_dim = qkv[0].shape
+    flops = 4 * batch * length**2 * heads * head_dim / (2 if causal else 1)
+    row: dict[str, object] = {"head_dim": head_dim, "causal": causal, "seqlen": length, "name": name}
+    try:
+        runnable = CANDIDATES[name](qkv, dout, causal)
+        out = runnable.forward()
+        row["error"] = relative_error(out, reference[0])
+        row["forward"] = flops / seconds(runnable.forward) / 1e12
+        if runnable.backward is not None:
+            grads = runnable.backward(out)
+            row["grad_error"] = max(relative_error(g, r) for g, r in zip(grads, reference[1:], strict=True))
+            row["peak_bytes"] = peak_bytes(lambda: CANDIDATES[name](qkv, dout, causal))
+            row["backward"] = 2.5 * flops / seconds(lambda: runnable.backward(out)) / 1e12
+    except Exception as error:  # a peer that is absent or refuses is a row that says so
+        row["why"] = f"{type(error).__name__}: {error}"[:200]
+    return row
+
+
+def summarise(rows: list[dict[str, object]], ceiling: float) -> list[str]:
+    """One line a shape and pass: ours, the best peer, the ratio, the share of the ceiling."""
+    lines = []
+    shapes = dict.fromkeys((r["head_dim"], r["causal"], r["seqlen"]) for r in rows)
+    for shape in shapes:
+        for direction in ("forward", "backward"):
+            speeds = {
+                r["name"]: r[direction]
+                for r in rows
+                if (r["head_dim"], r["causal"], r["seqlen"]) == shape and direction in r
+            }
+            peers = {name: speed for name, speed in speeds.items() if name not in OURS}
+            best = max(peers, key=peers.get) if peers else None
+            for name in OURS:
+                if name in speeds:
+                    ratio = f"{speeds[name] / peers[best]:.2f} of {best} {peers[best]:.0f}" if best else "no peer"
+                    lines.append(
+                        f"D={shape[0]} causal={shape[1]} S={shape[2]} {direction}: {name} {speeds[name]:.0f} TFLOP/s, "
+                        f"{ratio}, {speeds[name] / ceiling:.0%} of the ceiling"
+                    )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", default="64,128,256")
+    parser.add_argument("--seqlens", default="1024,4096,16384")
+    parser.add_argument("--names", default=",".join(CANDIDATES), help="which of " + ", ".join(CANDIDATES))
+    parser.add_argument("--causal", choices=("no", "yes", "both"), default="both")
+    parser.add_argument("--out", type=Path, help="JSON file for every row")
+    args = parser.parse_args()
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    ceiling = 2 * 8192**3 / seconds(lambda: a @ b) / 1e12
+    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
+    print(f"{machine}; ceiling {ceiling:.0f} TFLOP/s")
+    rows = []
+    for head_dim in map(int, args.dims.split(",")):
+        for causal in {"no": (False,), "yes": (True,), "both": (False, True)}[args.causal]:
+            for length in map(int, args.seqlens.split(",")):
+                shape = (max(1, TOKENS // length), length, HIDDEN // head_dim, head_dim)
+                qkv = tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+                dout = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+                reference = fp32_head(qkv, dout, causal)
+                for name in args.names.split(","):
+                    rows.append(measure(name, qkv, dout, causal, reference))
+                    print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    print("\n".join(summarise(rows, ceiling)))
+    if args.out:
+        args.out.write_text(json.dumps({"machine": machine, "ceiling_tflops": ceiling, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

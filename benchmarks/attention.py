@@ -5,8 +5,7 @@
 Shapes are those of the FlashAttention-3 paper: bf16, hidden size 2048, 16k tokens in all (batch = 16384 / seqlen).
 Peers are torch's cuDNN and FlashAttention-2, FlexAttention, FA3 (vLLM's build) and FA4 (CuTe DSL). All run in one
 process on the same tensors; each is checked on one head against fp32. TFLOP/s count 4·B·S²·H·D forward, half of it when
-causal, 2.5 times as much backward. "of best peer" is octavo / fastest peer; "of ceiling" is against a bf16 8192³ product measured
-in the same run.
+causal, 2.5 times as much backward. The ceiling is a bf16 8192³ product measured in the same run.
 """
 
 import argparse

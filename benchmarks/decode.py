@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python3 benchmarks/decode.py [--out results.json]
 
-One query token a sequence, bf16, a random block table. GB/s count each key and value (or latent) byte once; "of the copy"
-is against a device-to-device copy measured in the same run (read + write). All are checked against the fp32 reference on
-the first sequence. `--ragged` draws the lengths between 1 and the context instead.
+One query token a sequence, bf16, a random block table. GB/s count each key and value (or latent) byte once; "of the
+copy" is against a device-to-device copy measured in the same run (read + write). All are checked against the fp32
+reference on the first sequence. `--ragged` draws the lengths between 1 and the context instead.
 """
 
 import argparse
@@ -39,6 +39,12 @@ def seconds(fn: Callable[[], object]) -> float:
     with torch.cuda.graph(graph):
         fn()
     return do_bench(graph.replay, warmup=25, rep=100, return_mode="median") * 1e-3
+
+
+def copy_gb_per_s() -> float:
+    x = torch.randn(2**29, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / (do_bench(lambda: y.copy_(x), return_mode="median") * 1e-3) / 1e9
 
 
 def lengths_of(batch: int, context: int, ragged: bool) -> torch.Tensor:
@@ -162,9 +168,9 @@ def summarise(rows: list[dict], ceiling: float) -> list[str]:
             else "no peer"
         )
         lines.append(
-            f"{row['op']} B={row['batch']} ctx={row['context']} heads={row['heads']}/{row.get('kv_heads', 1)} page={row['page']}: "
-            f"{row['name']} {row['microseconds']:.1f} us, {row['gb_per_s']:.0f} GB/s, {row['tflops']:.0f} TFLOP/s, {beside}, "
-            f"{row['gb_per_s'] / ceiling:.0%} of the copy"
+            f"{row['op']} B={row['batch']} ctx={row['context']} heads={row['heads']}/{row.get('kv_heads', 1)} "
+            f"page={row['page']}: {row['name']} {row['microseconds']:.1f} us, {row['gb_per_s']:.0f} GB/s, "
+            f"{row['tflops']:.0f} TFLOP/s, {beside}, {row['gb_per_s'] / ceiling:.0%} of the copy"
         )
     return lines
 
@@ -175,10 +181,7 @@ def main() -> None:
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file for every row")
     args = parser.parse_args()
-    x = torch.randn(2**29, device="cuda")
-    y = torch.empty_like(x)
-    ceiling = 2 * x.nbytes / (do_bench(lambda: y.copy_(x), return_mode="median") * 1e-3) / 1e9
-    del x, y
+    ceiling = copy_gb_per_s()
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
     print(f"{machine}; copy {ceiling:.0f} GB/s")
     rows: list[dict] = []

@@ -23,6 +23,7 @@ pytestmark = [
 ]
 BACKENDS = ["triton", "hopper"]
 DEVICE = "cuda"
+NO_TENSORS = AttentionTensors()
 
 
 def kernel(backend, module, op, *arguments):
@@ -81,7 +82,7 @@ def assert_lse_close(ours, reference):
     torch.testing.assert_close(ours[~dead], reference[~dead], atol=2e-4, rtol=2e-5)
 
 
-def check(backend, q, k, v, spec, t=AttentionTensors(), dlse=False, times=2, backward=True):
+def check(backend, q, k, v, spec, t=NO_TENSORS, dlse=False, times=2, backward=True):
     """Forward, LSE and every gradient of a dense call."""
     fwd = kernel(backend, "flash_fwd", "flash_fwd", q, k, v, spec, t)
     out, lse = fwd(q, k, v, spec, t)
@@ -231,7 +232,7 @@ def test_dropout_draws_the_reference_mask(backend):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_varlen(backend, head_dim, causal):
-    """Packed sequences equal the same sequences one at a time, with rows of no sequence poisoned and given 0 and −inf."""
+    """Packed sequences equal the same sequences one at a time; rows of no sequence are NaN and give 0 and −inf."""
     lengths = [(128, 128), (0, 50), (333, 333), (1, 700), (17, 5), (60, 0)]
     starts = torch.tensor([[0, 0], *lengths], dtype=torch.int32, device=DEVICE).cumsum(0).to(torch.int32)
     cu_q, cu_k = starts[:, 0].contiguous(), starts[:, 1].contiguous()

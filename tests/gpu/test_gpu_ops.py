@@ -128,7 +128,7 @@ def test_forward_and_backward_in_a_cuda_graph():
 
 @pytest.mark.parametrize("backend", ["triton"])
 def test_memory_of_forward_and_backward_is_linear(backend):
-    """Out, LSE, δ and three gradients: nothing that grows with the square of the length, nothing in fp32 but two rows."""
+    """Out, LSE, δ and three gradients: nothing that grows with the square of the length."""
     length, heads, head_dim = 8192, 4, 128
     leaves = qkv(1, length, (heads, heads), head_dim)
     dout = torch.randn(1, length, heads, head_dim, device=DEVICE, dtype=torch.bfloat16)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.ops.metadata import AttentionMetadata
+from octavo.ops.rotary import rotate
 
 
 class Rotation(NamedTuple):
@@ -133,17 +134,7 @@ class RotaryEmbedding(nn.Module):
 
 def apply_rotary(x: Tensor, rotation: Rotation, *, interleaved: bool = False) -> Tensor:
     """x (…, H, D) with its first 2 · rotation.cos.shape[-1] channels turned, in at least fp32, rounded once."""
-    cos, sin = rotation.cos.unsqueeze(-2), rotation.sin.unsqueeze(-2)
-    rotary_dim = 2 * cos.shape[-1]
-    turned = x[..., :rotary_dim]
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, dim=-1)
-        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    out = out.to(x.dtype)
-    return out if rotary_dim == x.shape[-1] else torch.cat((out, x[..., rotary_dim:]), dim=-1)
+    return rotate(x, rotation.cos, rotation.sin, interleaved)
 
 
 def _number(scaling: Mapping[str, Any], name: str) -> float:

@@ -12,13 +12,23 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interle
         first half
     with the second (GPT-NeoX). Computed in fp32, returned in x's dtype.
     """
+    cos_x, sin_x = (table[positions.to(torch.int64)].to(torch.float32) for table in (cos, sin))
+    return rotate(x, cos_x, sin_x, interleaved)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """x (…, H, D) with its first 2·cos.shape[-1] channels turned by the angles of cos and sin (…, rotary_dim / 2) fp32.
+
+    Computed in fp32 (fp64 for fp64 inputs), rounded once to x's dtype.
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     rotary_dim = 2 * cos.shape[-1]
-    cos_x, sin_x = (table[positions.to(torch.int64)].to(torch.float32).unsqueeze(-2) for table in (cos, sin))
-    rotated = x[..., :rotary_dim].to(torch.float32)
+    turned = x[..., :rotary_dim]
     if interleaved:
-        first, second = rotated[..., 0::2], rotated[..., 1::2]
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
-        first, second = rotated.chunk(2, dim=-1)
-    pair = (first * cos_x - second * sin_x, second * cos_x + first * sin_x)
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([turned.to(x.dtype), x[..., rotary_dim:]], dim=-1)
+        a, b = turned.chunk(2, dim=-1)
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    out = out.to(x.dtype)
+    return out if rotary_dim == x.shape[-1] else torch.cat((out, x[..., rotary_dim:]), dim=-1)

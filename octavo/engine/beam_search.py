@@ -47,6 +47,7 @@ class BeamSearch:
     deliver them in different steps); when all beams have theirs, the search takes its step."""
 
     stream = False
+    wants_every_token = True
 
     def __init__(
         self,
@@ -66,10 +67,6 @@ class BeamSearch:
         self._num_cached_tokens: int | None = None
         self._beams = list(request.sequences)  # the scheduler forgets those that end
         self._complete = False
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        return self.request.sequences
 
     def offer(self, beam: Sequence, likeliest: TopLogprobs) -> None:
         """The continuations of one beam; advances the search when it was the last to come."""

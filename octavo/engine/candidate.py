@@ -28,7 +28,7 @@ class LiveRequest:
     decode_token: the text of one token alone, for log probabilities; None when no text is wanted.
     """
 
-    __slots__ = ("candidates", "decode_token", "params", "prompt", "request", "stream", "token_bytes")
+    __slots__ = ("_candidates", "decode_token", "params", "prompt", "request", "stream", "token_bytes")
 
     def __init__(
         self,
@@ -45,15 +45,17 @@ class LiveRequest:
         self.stream = stream
         self.token_bytes = token_bytes
         self.decode_token = decode_token
-        self.candidates: list[Candidate] = []
+        self._candidates: dict[int, Candidate] = {}
 
     @property
-    def sequences(self) -> list[Sequence]:
-        return self.request.sequences
+    def wants_every_token(self) -> bool:
+        """False when all can be read at the end: no stream, no stop string, no log probabilities."""
+        return self.stream or bool(self.params.stop) or self.params.logprobs is not None
 
-    def add_candidate(self, seq: Sequence) -> "Candidate":
-        candidate = Candidate(self, seq)
-        self.candidates.append(candidate)
+    def candidate(self, seq: Sequence) -> "Candidate":
+        candidate = self._candidates.get(seq.seq_id)
+        if candidate is None:
+            candidate = self._candidates[seq.seq_id] = Candidate(self, seq)
         return candidate
 
     def with_text(self, logprobs: TokenLogprobs) -> TokenLogprobs:
@@ -62,15 +64,14 @@ class LiveRequest:
         return {token: Logprob(entry.logprob, entry.rank, decode(token)) for token, entry in logprobs.items()}
 
     def output(self) -> RequestOutput:
-        """The request so far. Candidates that have no token yet appear without text."""
+        """The request so far."""
         request = self.request
-        known = {candidate.seq.seq_id: candidate for candidate in self.candidates}
         return RequestOutput(
             request_id=request.request_id,
             prompt=self.prompt,
             prompt_token_ids=list(request.prompt_token_ids),
             prompt_logprobs=self._prompt_logprobs(),
-            outputs=[(known.get(seq.seq_id) or Candidate(self, seq)).output() for seq in request.sequences],
+            outputs=[self.candidate(seq).output() for seq in request.sequences],
             finished=request.finished,
             metrics=request.metrics,
             num_cached_tokens=request.sequences[0].num_cached_tokens,
@@ -83,9 +84,9 @@ class LiveRequest:
 
 
 class Candidate:
-    """One of the n continuations."""
+    """One of the n continuations. Its text is read from the sequence's tokens by `read`, each once."""
 
-    __slots__ = ("_detokenizer", "_flushed", "live", "logprobs", "seq", "stop_string")
+    __slots__ = ("_detokenizer", "_ended", "_num_read", "live", "logprobs", "seq", "stop_string")
 
     def __init__(self, live: LiveRequest, seq: Sequence) -> None:
         self.live = live
@@ -97,18 +98,24 @@ class Candidate:
         if live.token_bytes is not None:
             options = params.stop, params.include_stop_str_in_output, params.min_tokens
             self._detokenizer = Detokenizer(live.token_bytes, *options)
-        self._flushed = False
+        self._num_read = seq.num_prompt_tokens
+        self._ended = False
 
-    def append(self, token_id: int) -> str | None:
-        """Adds a sampled token, already recorded in the sequence; returns the stop string that it completed, if any.
+    def read(self) -> str | None:
+        """Reads the tokens that are new in the sequence; returns the stop string that they completed, if any.
 
         A stop string counts even when the same token ended the sequence by its length; an end token gives no text.
         """
-        if self._detokenizer is None:
+        if self._detokenizer is None or self._ended:
             return None
-        if self.seq.finish_reason == "stop" and not self.live.params.include_stop_str_in_output:
-            return None
-        self.stop_string = self._detokenizer.append(token_id)
+        seq = self.seq
+        end = len(seq.token_ids)
+        if seq.finish_reason == "stop" and not self.live.params.include_stop_str_in_output:
+            end -= 1
+        while self._num_read < end and self.stop_string is None:
+            self.stop_string = self._detokenizer.append(seq.token_ids[self._num_read])
+            self._num_read += 1
+        self._ended = self.stop_string is not None
         return self.stop_string
 
     def add_logprobs(self, token_id: int, logprob: float, top: TopLogprobs) -> None:
@@ -117,10 +124,11 @@ class Candidate:
 
     def output(self) -> CompletionOutput:
         seq, detokenizer = self.seq, self._detokenizer
-        stopped = self.stop_string is not None
-        if detokenizer is not None and seq.finished and not stopped and not self._flushed:
+        self.read()
+        if detokenizer is not None and seq.finished and not self._ended:
             detokenizer.finish()
-            self._flushed = True
+            self._ended = True
+        stopped = self.stop_string is not None
         return CompletionOutput(
             index=seq.index,
             text="" if detokenizer is None else detokenizer.text,

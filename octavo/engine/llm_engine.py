@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from octavo.engine.beam_search import BeamSearch
-from octavo.engine.candidate import Candidate, LiveRequest
+from octavo.engine.candidate import LiveRequest
 from octavo.engine.config import EngineConfig
 from octavo.engine.detokenizer import TokenBytes, token_bytes_of
 from octavo.engine.kv_cache import PagedKVCache, default_kv_cache_memory, kv_bytes_per_token, num_blocks_for
@@ -21,7 +21,7 @@ from octavo.engine.memory_report import MemoryReport, MemoryTrace, measure
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.options import EngineOptions
 from octavo.engine.outputs import RequestOutput
-from octavo.engine.request import Request
+from octavo.engine.request import Request, SequenceStatus
 from octavo.engine.request import Sequence as SequenceState
 from octavo.engine.sampler import Sampler
 from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
@@ -74,7 +74,7 @@ class LLMEngine:
             model, cache, sampler, max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len
         )
         self._live: dict[str, LiveRequest | BeamSearch] = {}
-        self._candidates: dict[int, Candidate] = {}
+        self._attentive: set[str] = set()  # those of them that look at every token
         self.num_generated_tokens = 0  # since the start, of all requests
         self.memory_trace: MemoryTrace | None = None  # samples the cache after each step while it is set
 
@@ -145,14 +145,17 @@ class LLMEngine:
         if isinstance(params, SamplingParams):
             self._check_token_rules(params, request)
         self.scheduler.add_request(request)
-        token_bytes = self._token_bytes.get(getattr(params, "skip_special_tokens", True))
+        live = self._live[request_id] = self._make_live(request, text, stream)
+        if live.wants_every_token:
+            self._attentive.add(request_id)
+
+    def _make_live(self, request: Request, text: str | None, stream: bool) -> LiveRequest | BeamSearch:
+        params = request.params
         if isinstance(params, BeamSearchParams):
-            self._live[request_id] = BeamSearch(request, self.scheduler, text, token_bytes)
-        else:
-            if not params.detokenize:
-                token_bytes = None
-            decode = None if token_bytes is None else self._decode_token
-            self._live[request_id] = LiveRequest(request, text, stream, token_bytes, decode)
+            return BeamSearch(request, self.scheduler, text, self._token_bytes.get(True))
+        token_bytes = self._token_bytes.get(params.skip_special_tokens) if params.detokenize else None
+        decode = None if token_bytes is None else self._decode_token
+        return LiveRequest(request, text, stream, token_bytes, decode)
 
     def prompt_token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The checked token ids of a prompt. Touches no state: safe in any thread."""
@@ -228,30 +231,37 @@ class LLMEngine:
         return outputs
 
     def _record(self, rows: list[SequenceState], result: StepResult) -> list[RequestOutput]:
-        """Text, log probabilities and stop strings of the new tokens."""
+        """Text, log probabilities and stop strings of the new tokens, for the requests that look at every token."""
         self.num_generated_tokens += len(rows)
-        candidates = self._candidates
+        attentive, finished = self._attentive, SequenceStatus.FINISHED
         touched: dict[str, LiveRequest | BeamSearch] = {}
-        for row, (seq, token_id) in enumerate(zip(rows, result.token_ids, strict=True)):
-            candidate = candidates.get(seq.seq_id)
-            if candidate is None:
-                live = self._live.get(seq.request.request_id)
-                if live is None:  # aborted while the step ran
-                    continue
-                touched[live.request.request_id] = live
-                if isinstance(live, BeamSearch):
-                    live.offer(seq, result.top_logprobs[row])
-                    continue
-                candidate = candidates[seq.seq_id] = live.add_candidate(seq)
-            elif candidate.live.stream or seq.finished:
-                touched[seq.request.request_id] = candidate.live
-            if candidate.append(token_id) is not None:
-                self.scheduler.finish(seq, "stop", candidate.stop_string)
-                touched[seq.request.request_id] = candidate.live
-            if candidate.logprobs is not None:
-                assert result.logprobs is not None
-                candidate.add_logprobs(token_id, result.logprobs[row], result.top_logprobs[row])
+        if attentive:
+            interesting = [
+                row for row, seq in enumerate(rows) if seq.request.request_id in attentive or seq.status is finished
+            ]
+        else:
+            interesting = [row for row, seq in enumerate(rows) if seq.status is finished]
+        for row in interesting:
+            request_id = rows[row].request.request_id
+            live = self._live.get(request_id)
+            if live is not None:  # not aborted while the step ran
+                touched[request_id] = live
+                self._attend(live, rows[row], row, result)
         return self._outputs(touched.values())
+
+    def _attend(self, live: LiveRequest | BeamSearch, seq: SequenceState, row: int, result: StepResult) -> None:
+        """One new token of one sequence."""
+        if isinstance(live, BeamSearch):
+            live.offer(seq, result.top_logprobs[row])
+            return
+        if not live.wants_every_token:
+            return
+        candidate = live.candidate(seq)
+        if candidate.read() is not None:
+            self.scheduler.finish(seq, "stop", candidate.stop_string)
+        if candidate.logprobs is not None:
+            assert result.logprobs is not None
+            candidate.add_logprobs(result.token_ids[row], result.logprobs[row], result.top_logprobs[row])
 
     def _outputs(self, touched: Iterable[LiveRequest | BeamSearch]) -> list[RequestOutput]:
         outputs = []
@@ -267,8 +277,7 @@ class LLMEngine:
     def _close(self, live: LiveRequest | BeamSearch) -> RequestOutput:
         """The last output of a request that has finished; nothing of it is kept."""
         del self._live[live.request.request_id]
-        for seq in live.sequences:
-            self._candidates.pop(seq.seq_id, None)
+        self._attentive.discard(live.request.request_id)
         return live.output()
 
     def _decode_token(self, token_id: int) -> str:
@@ -287,8 +296,7 @@ class LLMEngine:
         assert self._live.keys() == self.scheduler.requests.keys(), (
             "every live request is the scheduler's, and no other"
         )
-        live = {seq.seq_id for request in self._live.values() for seq in request.sequences}
-        assert self._candidates.keys() <= live, "nothing is kept of finished requests"
+        assert self._attentive <= self._live.keys(), "nothing is kept of finished requests"
 
 
 def _plain_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:

@@ -6,6 +6,7 @@ of a batch is computed with NumPy over all sequences at once, since a decode ste
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -48,6 +49,14 @@ class BlockTables:
             self._filled[row] = lengths[i]
         return self._table[self._rows, : lengths.max()]
 
+    def grow(self, indices: NDArray[np.int64], num_columns: int) -> NDArray[np.int32]:
+        """The same batch again, where only the sequences at `indices` took another block."""
+        for i in indices:
+            row, blocks = self._rows[i], self._sequences[i].block_table
+            self._table[row, self._filled[row] : len(blocks)] = blocks[self._filled[row] :]
+            self._filled[row] = len(blocks)
+        return self._table[self._rows, :num_columns]
+
     def _change_batch(self, sequences: list[Sequence]) -> None:
         """Keeps the rows of those that stay; nothing is kept for the others, so a preempted sequence is read afresh."""
         old = self._row_of
@@ -73,6 +82,15 @@ def _new_tokens(entry: ScheduledSequence) -> list[int]:
     return entry.seq.token_ids[start : start + entry.num_new_tokens]
 
 
+@dataclass(slots=True)
+class _SteadyBatch:
+    """A step that only decoded. If the next schedules the same sequences, it follows from this one."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+    starts: NDArray[np.int64]  # (B,) position of the step's token
+    token_ids: NDArray[np.int64]  # (B,) of the step; once it is sampled, of the next
+
+
 class ModelRunner:
     """Executes steps. Owns model, cache, sampler; not thread-safe: one step at a time.
 
@@ -88,16 +106,24 @@ class ModelRunner:
         self.sampler = sampler
         self._device = kv_cache.layers[0].tensors[0].device
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // kv_cache.block_size))
+        self._steady: _SteadyBatch | None = None
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput, token_bitmasks: Mapping[int, torch.Tensor] | None = None) -> StepResult:
         """Runs one step as `octavo.engine.step` tells it. `token_bitmasks`: see `Sampler.sample`."""
-        self.kv_cache.copy_blocks(output.block_copies)
         scheduled = output.scheduled
+        if not scheduled:
+            return StepResult([])
+        self.kv_cache.copy_blocks(output.block_copies)
         token_ids, positions, metadata = self._batch(output)
+        steady, self._steady = self._steady, None  # what a step that fails leaves behind is not to be built upon
         hidden = self.model(token_ids, positions, self.kv_cache.layers, metadata)
-        prefills = any(entry is not entry.seq.decode_entry for entry in scheduled)
-        prompt_logprobs = self._prompt_logprobs(scheduled, hidden) if prefills else ()
+        if steady is not None:
+            tokens = self.sampler.sample(self.model.compute_logits(hidden), scheduled, token_bitmasks)
+            steady.token_ids = np.array(tokens.token_ids, dtype=np.int64)
+            self._steady = steady
+            return StepResult(tokens.token_ids, tokens.logprobs, tokens.top_logprobs)
+        prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
         sampling = [entry for entry in scheduled if entry.num_samples]
         if not sampling:
             return StepResult([], prompt_logprobs=prompt_logprobs)
@@ -107,23 +133,46 @@ class ModelRunner:
         return StepResult(tokens.token_ids, tokens.logprobs, tokens.top_logprobs, prompt_logprobs)
 
     def _batch(self, output: SchedulerOutput) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+        """token_ids, positions and metadata of a step; sets `_steady` when the next one may build upon it."""
+        steady = self._steady
+        if steady is not None and steady.scheduled == output.scheduled and not output.block_copies:
+            return self._next_batch(steady)
         sequences = [entry.seq for entry in output.scheduled]
         table = self._tables.update(sequences, rewritten=bool(output.block_copies))
         size = len(sequences)
         starts = np.fromiter([seq.num_computed_tokens for seq in sequences], np.int64, size)
-        if output.num_batched_tokens == size:  # one token each
-            counts = np.ones(size, dtype=np.int64)
-            token_ids = [seq.token_ids[seq.num_computed_tokens] for seq in sequences]
-            positions, rows = starts, np.arange(size)
-        else:
-            counts = np.fromiter([entry.num_new_tokens for entry in output.scheduled], np.int64, size)
-            token_ids = list(chain.from_iterable(_new_tokens(entry) for entry in output.scheduled))
-            rows = np.repeat(np.arange(size), counts)
-            ends = counts.cumsum()
-            positions = np.arange(ends[-1]) + (starts - ends + counts)[rows]
+        counts = np.fromiter([entry.num_new_tokens for entry in output.scheduled], np.int64, size)
+        token_ids = np.array(list(chain.from_iterable(_new_tokens(entry) for entry in output.scheduled)))
+        rows = np.repeat(np.arange(size), counts)
+        ends = counts.cumsum()
+        positions = np.arange(ends[-1]) + (starts - ends + counts)[rows]
+        decodes = all(entry is entry.seq.decode_entry for entry in output.scheduled)
+        beams = any(seq.request.is_beam_search for seq in sequences)  # their next tokens are chosen elsewhere
+        self._steady = _SteadyBatch(output.scheduled, starts, token_ids) if decodes and not beams else None
+        return self._tensors(token_ids, positions, table, rows, starts, counts)
+
+    def _next_batch(self, steady: "_SteadyBatch") -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+        """Each sequence goes on by the token that it was given."""
+        steady.starts = starts = steady.starts + 1
+        assert starts[0] == steady.scheduled[0].seq.num_computed_tokens, "a steady batch advances by one token"
+        block_size = self.kv_cache.block_size
+        crossing = np.flatnonzero(starts % block_size == 0)
+        table = self._tables.grow(crossing, int(starts.max()) // block_size + 1)
+        return self._tensors(steady.token_ids, starts, table, np.arange(len(starts)), starts, np.ones_like(starts))
+
+    def _tensors(
+        self,
+        token_ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        table: NDArray[np.int32],
+        rows: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+        """Per token (T,): token_ids, positions, rows (its sequence); per sequence (B,): table, starts, counts."""
         block_size = self.kv_cache.block_size
         slots = table[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        cu_seqlens = np.zeros(size + 1, dtype=np.int32)
+        cu_seqlens = np.zeros(len(counts) + 1, dtype=np.int32)
         counts.cumsum(out=cu_seqlens[1:])
         cache_seqlens = starts + counts
         metadata = AttentionMetadata(
@@ -134,7 +183,7 @@ class ModelRunner:
             max_seqlen_q=int(counts.max()),
             max_seqlen_k=int(cache_seqlens.max()),
         )
-        return self._put(np.array(token_ids, dtype=np.int64)), self._put(positions), metadata
+        return self._put(token_ids), self._put(positions), metadata
 
     def _put(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

@@ -1,8 +1,8 @@
 """Train a small decoder on Shakespeare with our flash attention, forward and backward, then talk to it.
 
-    python examples/train_tiny.py --attention gqa --out runs/gqa --save     # train, checkpoint, export, picture
-    python examples/train_tiny.py --attention gqa --out runs/gqa --resume   # go on from the last checkpoint
-    octavo generate --model runs/gqa/hf "To be, or"                         # the engine serves what was trained
+    python examples/train_tiny.py --attention gqa --out .out/gqa --save     # train, checkpoint, export, picture
+    python examples/train_tiny.py --attention gqa --out .out/gqa --resume   # go on from the last checkpoint
+    octavo generate --model .out/gqa/hf "To be, or"                         # the engine serves what was trained
     python examples/train_tiny.py --compare --save                          # loss against KV bytes: MHA, GQA, MQA, MLA
 
 --compare trains each in its own folder under --out; with --resume it goes on from what is there.
@@ -213,7 +213,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps (default 500; 12 with --quick)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/tiny"), help="folder of the checkpoint and the exported model"
+        "--out", type=Path, default=Path(".out/tiny"), help="folder of the checkpoint and the exported model"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--stop-at", type=int, help="stop at this step, to be resumed later")

@@ -1,14 +1,18 @@
 """FlashAttention forward for Hopper (sm_90), in Gluon: dense and varlen, GQA, causal, sliding window, softcap, sinks.
 
-One thread block holds a producer (the default partition: TMA only) and NUM_WG consumer warpgroups of 64 query rows each.
-The producer keeps a ring of key and value blocks full; each consumer runs, for key block i,
+One thread block holds a producer (the default partition: TMA only) and NUM_WG consumer warpgroups of 64 query rows
+each. The producer keeps a ring of key and value blocks full; each consumer runs, for key block i,
 
-    issue S(i) = Q·K(i)ᵀ  →  issue O += P(i-1)·V(i-1)  →  softmax of S(i) while that product runs  →  rescale O
+    issue S(i) = Q·K(i)ᵀ  →  issue O += P(i-1)·V(i-1)  →  softmax of S(i) while that product runs  →  pack P(i)
 
-and hands the tensor cores to the next warpgroup right after issuing, so that its softmax runs under the other's products.
-P never leaves the registers. Key blocks are walked from the last to the first: the masked ones (the end of the sequence,
-the diagonal) come first and everything after them needs no mask. Blocks are persistent: a counter hands out query tiles,
-longest first, and the next tile's queries load while the last one's output is written.
+and hands the tensor cores to the next warpgroup right after issuing, so that its softmax runs under the other's
+products. P never leaves the registers. Key blocks are walked from the last to the first: the masked ones (the end of
+the sequence, the diagonal) come first and those after them need no mask. Thread blocks are persistent: a counter hands
+out query tiles, the longest first, and the next tile's queries load while the last one's output is written.
+
+Long calls are bound by the card's power, so the design saves instructions and shared-memory reads: Q is read into
+registers once where they hold it, the output is rescaled only when a row's maximum has outgrown its reference 2^8
+times, sums over a row stay within a thread until the end, and P is carried packed.
 
 Rows of ragged (varlen) sequences are addressed so that TMA itself cuts at the end of each sequence, see `ragged_rows`.
 `docs/kernels/hopper_flash_fwd.md` draws the schedule and lists what was measured.
@@ -19,7 +23,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -50,9 +53,9 @@ LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
 WG_ROWS = gl.constexpr(64)  # query rows of one warpgroup: the M of wgmma
 LAG = gl.constexpr(8.0)  # powers of two by which the row maximum may outgrow its reference
-# named barriers: whose turn it is at the tensor cores, and the stages of the ring that consumers have left
+# named barriers: the turns of up to 4 warpgroups at the tensor cores, the up to 3 stages of the ring that they have left
 TURN = gl.constexpr(FIRST_BARRIER)
-K_EMPTY = gl.constexpr(FIRST_BARRIER + 3)
+K_EMPTY = gl.constexpr(FIRST_BARRIER + 4)
 V_EMPTY = gl.constexpr(FIRST_BARRIER + 7)
 
 
@@ -89,7 +92,9 @@ def sequence(batch, lengths, VARLEN: gl.constexpr):
 
 
 @gluon.jit
-def key_blocks(row, len_q, len_k, window, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr):
+def key_blocks(
+    row, len_q, len_k, window, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr
+):
     """Key blocks [begin, end) that query rows [row, row + ROWS) see; of them [clear_begin, clear_end) need no mask."""
     left, right = window
     row += len_k - len_q  # masks align bottom-right
@@ -107,11 +112,21 @@ def key_blocks(row, len_q, len_k, window, ROWS: gl.constexpr, BLOCK_N: gl.conste
 
 
 @gluon.jit
-def ragged_rows(batch, start, length, row, N: gl.constexpr, VARLEN: gl.constexpr):
-    """The first two TMA coordinates of N rows from `row` of a sequence; rows past its end read as zero, are not written.
+def visible_keys(row, len_q, len_k, window, RIGHT: gl.constexpr, LEFT: gl.constexpr):
+    """First and last key that each of the query rows `row` sees."""
+    left, right = window
+    row += len_k - len_q
+    first = row - left if LEFT else row
+    last = gl.minimum(row + right, len_k - 1) if RIGHT else row * 0 + (len_k - 1)
+    return first, last
 
-    A varlen descriptor has the axes (row, row, head, dim) over one buffer, moved back by N rows, and its second axis ends
-    at N: starting that axis at N - (rows left) lets the hardware cut at the end of the sequence, not of the buffer.
+
+@gluon.jit
+def ragged_rows(batch, start, length, row, N: gl.constexpr, VARLEN: gl.constexpr):
+    """First two TMA coordinates of N rows from `row` of a sequence; rows past its end read 0 and are not written.
+
+    A varlen descriptor has the axes (row, row, head, dim) over one buffer, moved back by N rows, and its second axis
+    ends at N: starting that axis at N - (rows left) lets the hardware cut at the end of the sequence, not of the buffer.
     """
     if VARLEN:
         valid = gl.maximum(gl.minimum(length - row, N), 0)
@@ -155,7 +170,7 @@ def produce(
 ):  # fmt: skip
     """Load the queries of one tile after another, and their key and value blocks, last block first."""
     q_desc, k_desc, v_desc = descs
-    q_smem, k_smem, v_smem, o_smem, tiles = smem
+    q_smem, k_smem, v_smem, _o_smem, tiles = smem
     q_full, q_empty, k_full, v_full, tile_full, tile_empty = bars
     ROWS: gl.constexpr = WG_ROWS * NUM_WG
     index = 0
@@ -211,25 +226,23 @@ def sum_within_threads(p):
 
 @gluon.jit
 def softmax_block(
-    s, top, l, scale, cap, n, row, bounds,
-    MASK: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
+    s, top, l, scale, cap, n, visible,
+    MASK: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """exp2 of one block of scores: (P in fp32, reference exponent, sums, factor for what came before).
 
     P is relative to 2^top. `top` follows the row maximum only when that has outgrown it by 2^LAG, so that the factor is
-    nearly always exactly 1 and the output needs no rescaling: P then stays below 2^LAG, which fp32 sums and the 16-bit P
-    hold as well as numbers below 1.
+    nearly always exactly 1 and the output needs no rescaling: P stays below 2^LAG, which fp32 sums and the 16-bit P hold
+    as well as numbers below 1.
     """
     if SOFTCAP:
         s = tanh(s * cap)
     if MASK:
-        len_k, left, right = bounds
+        first, last = visible
         col = n * s.shape[1] + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-        keep = (col < len_k)[None, :]
-        if RIGHT:
-            keep = keep & (col[None, :] <= (row + right)[:, None])
+        keep = col[None, :] <= last[:, None]
         if LEFT:
-            keep = keep & (col[None, :] >= (row - left)[:, None])
+            keep = keep & (col[None, :] >= first[:, None])
         s = gl.where(keep, s, float("-inf"))
     highest = gl.max(s, axis=1) * scale
     top_new = gl.where(highest > top + LAG, highest, top)
@@ -276,9 +289,9 @@ def issue_values(p, o, index, v_smem, v_full, STAGES: gl.constexpr):
 
 @gluon.jit
 def step(
-    n, index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
+    n, index, q, top, l, o, p, scale, cap, visible, smem, bars,
     wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
-    MASK: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
+    MASK: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of key block n, and the product with V of block n + 1, whose P comes in."""
     k_smem, v_smem = smem
@@ -289,24 +302,24 @@ def step(
     barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
     s = warpgroup_mma_wait(1, [s])
     barrier_arrive(K_EMPTY + index % STAGES, 128 * (NUM_WG + 1))
-    p, top, l, alpha = softmax_block(s, top, l, scale, cap, n, row, bounds, MASK, RIGHT, LEFT, SOFTCAP)
+    p, top, l, alpha = softmax_block(s, top, l, scale, cap, n, visible, MASK, LEFT, SOFTCAP)
     l = finish_before_next_wait(l)
-    o, a, p, alpha = warpgroup_mma_wait(0, [o, a, p, alpha])
+    o, a = warpgroup_mma_wait(0, [o, a])
     barrier_arrive(V_EMPTY + (index - 1) % STAGES, 128 * (NUM_WG + 1))
     return top, l, scale_unless_one(o, rows_as(alpha, o)), pack_pairs(p, q.dtype)
 
 
 @gluon.jit
 def walk(
-    n, stop, index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
+    n, stop, index, q, top, l, o, p, scale, cap, visible, smem, bars,
     wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
-    MASK: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
+    MASK: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Key blocks n, n - 1, …, stop; P of block n + 1 comes in unmultiplied, that of block `stop` goes out so."""
     while n >= stop:
         top, l, o, p = step(
-            n, index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
-            wg, NUM_WG, STAGES, S_LAYOUT, MASK, RIGHT, LEFT, SOFTCAP,
+            n, index, q, top, l, o, p, scale, cap, visible, smem, bars,
+            wg, NUM_WG, STAGES, S_LAYOUT, MASK, LEFT, SOFTCAP,
         )  # fmt: skip
         index += 1
         n -= 1
@@ -328,11 +341,11 @@ def normalise(top, l, head, sink_ptr, SINK: gl.constexpr):
 
 @gluon.jit
 def attend(
-    q, begin, end, clear_begin, clear_end, index, scale, cap, row, bounds, smem, bars,
+    q, begin, end, clear_begin, clear_end, index, scale, cap, visible, smem, bars,
     wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
     EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """Unnormalised output of 64 rows over key blocks [begin, end): (index, top, row sums, O), the last product running."""
+    """Unnormalised output of 64 rows over key blocks [begin, end): (index, reference exponents, row sums, O)."""
     k_smem, v_smem = smem
     k_full, v_full = bars
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, k_smem.shape[2], 16])
@@ -343,23 +356,23 @@ def attend(
     barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
     s = warpgroup_mma_wait(0, [s])
     barrier_arrive(K_EMPTY + index % STAGES, 128 * (NUM_WG + 1))
-    p, top, l, _ = softmax_block(s, top, None, scale, cap, end - 1, row, bounds, not EVEN, RIGHT, LEFT, SOFTCAP)
+    p, top, l, _ = softmax_block(s, top, None, scale, cap, end - 1, visible, not EVEN, LEFT, SOFTCAP)
     p = pack_pairs(p, q.dtype)
     index += 1
     n = end - 2
     if RIGHT:
         n, index, top, l, o, p = walk(
-            n, gl.maximum(clear_end, begin), index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
-            wg, NUM_WG, STAGES, S_LAYOUT, True, RIGHT, LEFT, SOFTCAP,
+            n, gl.maximum(clear_end, begin), index, q, top, l, o, p, scale, cap, visible, smem, bars,
+            wg, NUM_WG, STAGES, S_LAYOUT, True, LEFT, SOFTCAP,
         )  # fmt: skip
     n, index, top, l, o, p = walk(
-        n, gl.maximum(clear_begin, begin), index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
-        wg, NUM_WG, STAGES, S_LAYOUT, False, RIGHT, LEFT, SOFTCAP,
+        n, gl.maximum(clear_begin, begin), index, q, top, l, o, p, scale, cap, visible, smem, bars,
+        wg, NUM_WG, STAGES, S_LAYOUT, False, LEFT, SOFTCAP,
     )  # fmt: skip
     if LEFT:
         n, index, top, l, o, p = walk(
-            n, begin, index, q, top, l, o, p, scale, cap, row, bounds, smem, bars,
-            wg, NUM_WG, STAGES, S_LAYOUT, True, RIGHT, LEFT, SOFTCAP,
+            n, begin, index, q, top, l, o, p, scale, cap, visible, smem, bars,
+            wg, NUM_WG, STAGES, S_LAYOUT, True, LEFT, SOFTCAP,
         )  # fmt: skip
     a = unpack_pairs(p, q.dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
     o = issue_values(a, o, index - 1, v_smem, v_full, STAGES)
@@ -370,11 +383,20 @@ def attend(
 
 
 @gluon.jit
+def write_rows(o, desc, coord, smem):
+    """Start the write of a warpgroup's output; the one before it has been read out of shared memory by then."""
+    tma_store_wait(0)
+    smem.reshape([smem.shape[1], smem.shape[3]]).store(o.to(smem.dtype))
+    fence_async_shared()
+    tma_store(desc, coord, smem)
+
+
+@gluon.jit
 def consume(
     shared,
     wg: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr,
     LEFT: gl.constexpr, VARLEN: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
-    O_IN_Q: gl.constexpr,
+    O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of one tile after another."""
     o_desc, lse_ptr, sink_ptr, smem, bars, grid, lengths, window, num_tiles, scale, cap, lse_strides = shared
@@ -385,10 +407,8 @@ def consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    left, right = window
     lse_b, lse_h = lse_strides
-    q = q_smem.index(wg).reshape([WG_ROWS, q_smem.shape[4]])
-    out = o_smem.index(wg)
+    q_tile = q_smem.index(wg).reshape([WG_ROWS, q_smem.shape[4]])
     if wg == NUM_WG - 1:
         barrier_arrive(TURN + 0, 256)  # the first warpgroup has the first turn
     index = 0
@@ -408,22 +428,24 @@ def consume(
             o = gl.full([WG_ROWS, DV], 0.0, gl.float32, O_LAYOUT)
             mbarrier.wait(q_full.index(wg), loaded & 1)
             loaded += 1
+            q = q_tile
+            if Q_IN_REGS:
+                q = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+                fence_async_shared()
+                mbarrier.arrive(q_empty.index(wg), count=1)
             if begin < end:
                 index, top, l, o = attend(
-                    q, begin, end, clear_begin, clear_end, index, scale, cap, row + (len_k - len_q),
-                    (len_k, left, right), (k_smem, v_smem), (k_full, v_full),
+                    q, begin, end, clear_begin, clear_end, index, scale, cap,
+                    visible_keys(row, len_q, len_k, window, RIGHT, LEFT), (k_smem, v_smem), (k_full, v_full),
                     wg, NUM_WG, STAGES, RIGHT, LEFT, EVEN, SOFTCAP,
                 )  # fmt: skip
-            if not O_IN_Q:
+            if not Q_IN_REGS and not O_IN_Q:
                 mbarrier.arrive(q_empty.index(wg), count=1)
             factor, lse = normalise(top, l, head, sink_ptr, SINK)
             lse_row = lse_ptr + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + start_q
             gl.store(lse_row + row, lse, mask=row < len_q)
             c0, c1 = ragged_rows(batch, start_q, len_q, first_row, WG_ROWS, VARLEN)
-            tma_store_wait(0)
-            out.reshape([WG_ROWS, DV]).store((o * rows_as(factor, o)).to(q.dtype))
-            fence_async_shared()
-            tma_store(o_desc, [c0, c1, head, 0], out)
+            write_rows(o * rows_as(factor, o), o_desc, [c0, c1, head, 0], o_smem.index(wg))
             if O_IN_Q:
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index(wg), count=1)
@@ -453,7 +475,7 @@ def flash_fwd_kernel(
     len_q, len_k, num_m, heads, pairs, section, group, left, right, num_tiles, scale, cap, lse_b, lse_h,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
     VARLEN: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, O_IN_Q: gl.constexpr,
-    DYNAMIC: gl.constexpr, REGS: gl.constexpr,
+    Q_IN_REGS: gl.constexpr, DYNAMIC: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q_desc.block_type.shape[3]
     DV: gl.constexpr = v_desc.block_type.shape[3]
@@ -483,8 +505,14 @@ def flash_fwd_kernel(
             [
                 (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter,
                            BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, DYNAMIC)),
-                (consume, (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q)),
-                (consume, (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q)),
+                (
+                    consume,
+                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                ),
+                (
+                    consume,
+                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                ),
             ],
             [4, 4],
             [REGS, REGS],
@@ -494,12 +522,25 @@ def flash_fwd_kernel(
             [
                 (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter,
                            BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, DYNAMIC)),
-                (consume, (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q)),
-                (consume, (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q)),
-                (consume, (shared, 2, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q)),
+                (
+                    consume,
+                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                ),
+                (
+                    consume,
+                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                ),
+                (
+                    consume,
+                    (shared, 2, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                ),
+                (
+                    consume,
+                    (shared, 3, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                ),
             ],
-            [4, 4, 4],
-            [REGS, REGS, REGS],
+            [4, 4, 4, 4],
+            [REGS, REGS, REGS, REGS],
         )  # fmt: skip
 
 
@@ -507,20 +548,21 @@ def flash_fwd_kernel(
 
 
 class Tile(NamedTuple):
-    """Warpgroups of 64 query rows, keys of one block, blocks in the ring, registers of a consumer's thread."""
+    """What one thread block works on at a time, and with how many registers."""
 
-    num_wg: int
-    block_n: int
-    stages: int
-    registers: int
+    num_wg: int  # consumer warpgroups, of 64 query rows each: 2 or 4
+    block_n: int  # keys of one block
+    stages: int  # blocks in the ring, up to 3
+    registers: int  # of a consumer's thread
     max_registers: int  # of all threads on average, which is what the launch asks for
+    q_in_registers: bool = False  # read the queries once into registers instead of at each product
     out_in_q: bool = False  # write the output through the queries' shared memory, for want of more
 
 
 # by the widths of q and v in shared memory; measured on an H100, see docs/kernels/hopper_flash_fwd.md
 TILES = {
-    (64, 64): Tile(3, 128, 4, 160, 128),
-    (128, 128): Tile(2, 128, 2, 240, 168),
+    (64, 64): Tile(4, 64, 3, 112, 96),
+    (128, 128): Tile(2, 128, 2, 240, 168, q_in_registers=True),
     (256, 128): Tile(2, 64, 2, 240, 168),
     (256, 256): Tile(2, 64, 2, 240, 168, out_in_q=True),
 }
@@ -535,7 +577,8 @@ def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: A
     if q.dtype not in _DTYPES:
         return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
     if (_width(q.shape[-1]), _width(v.shape[-1])) not in TILES or q.shape[-1] % 8 or v.shape[-1] % 8:
-        return f"it takes head_dim up to 256 in multiples of 8, the same or wider than v's, not {q.shape[-1]} and {v.shape[-1]}"
+        dims = f"{q.shape[-1]} and {v.shape[-1]}"
+        return f"it takes head_dim up to 256 in multiples of 8, as wide as v's or up to twice as wide, not {dims}"
     given = [name for name in _UNSUPPORTED if getattr(t, name) is not None]
     if given or spec.dropout_p:
         return f"it does not take {', '.join(given) or 'dropout_p'}"
@@ -566,7 +609,7 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: Attention
     if out.numel() == 0 or batch == 0:
         return out, lse
     tile = TILES[_width(q.shape[-1]), _width(v.shape[-1])]
-    num_m = triton.cdiv(len_q, tile.num_wg * WG_ROWS.value)
+    num_m = math.ceil(len_q / (tile.num_wg * WG_ROWS.value))
     num_tiles = num_m * batch * heads
     programs = min(num_tiles, _processors(q.device))
     uneven = varlen or spec.window_left >= 0 or spec.window_right >= 0
@@ -606,17 +649,19 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: Attention
         SOFTCAP=spec.softcap != 0,
         SINK=t.learnable_sink is not None,
         O_IN_Q=tile.out_in_q,
+        Q_IN_REGS=tile.q_in_registers,
         DYNAMIC=num_tiles > programs,
         REGS=tile.registers,
         num_warps=4,
         maxnreg=tile.max_registers,
+        enable_fp_fusion=True,
     )
     return out, lse
 
 
 def _width(head_dim: int) -> int:
     """Columns of a head in shared memory; TMA fills those past head_dim with zeros and does not write them back."""
-    return max(64, triton.next_power_of_2(head_dim))
+    return max(64, 1 << (head_dim - 1).bit_length())
 
 
 @functools.cache
@@ -628,7 +673,9 @@ def _readable_by_tma(x: Tensor) -> Tensor:
     """x, or a copy where TMA could not address it: last axis contiguous, the others' strides multiples of 16 bytes."""
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in strides)
-    return x if x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    if x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class _MovedBack(NamedTuple):

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-FIRST_BARRIER = 5
+FIRST_BARRIER = 6
 
 if hasattr(tma, "async_load"):
     tma_load, tma_store = tma.async_load, tma.async_store
@@ -50,8 +50,8 @@ def barrier_sync_if(condition, index, THREADS: gl.constexpr):
 def finish_before_next_wait(x):
     """Return x (fp32, at least 0), computed before whatever waits next.
 
-    The assembler may move a wait for asynchronous products above arithmetic that does not need them, which serialises the
-    two. It keeps the order of a sleep and a wait, so x becomes the condition of a sleep that never happens.
+    The assembler may move a wait for asynchronous products above arithmetic that does not need them, which serialises
+    the two. It keeps the order of a sleep and a wait, so x becomes the condition of a sleep that never happens.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .f32 t; add.f32 t, $2, $3; setp.lt.f32 p, t, 0f00000000;"
@@ -98,10 +98,10 @@ def unpack_pairs(x, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 
 def _scale_asm(n: int) -> str:
     """x·a for n values of one thread's accumulator (two rows, in turns of two), skipped by warps where every a is 1."""
-    skip = f"setp.neu.f32 p, ${2 * n}, 0f3F800000; setp.neu.or.f32 p, ${2 * n + 2}, 0f3F800000, p; vote.sync.any.pred p, p, -1;"
+    differs = f"setp.neu.f32 p, ${2 * n}, 0f3F800000; setp.neu.or.f32 p, ${2 * n + 2}, 0f3F800000, p;"
     copy = " ".join(f"mov.b32 ${i}, ${i + n};" for i in range(n))
     scale = " ".join(f"mul.f32 ${i}, ${i}, ${i + 2 * n};" for i in range(n))
-    return f"{{ .reg .pred p; {skip} {copy} @!p bra DONE; {scale} DONE: }}"
+    return f"{{ .reg .pred p; {differs} vote.sync.any.pred p, p, -1; {copy} @!p bra DONE; {scale} DONE: }}"
 
 
 _SCALE_32, _SCALE_64 = gl.constexpr(_scale_asm(32)), gl.constexpr(_scale_asm(64))

@@ -1,0 +1,114 @@
+"""The Hopper kernels compile for sm_90 without a GPU, and what the assembler made of them is what the design needs.
+
+Read from its report and its output: both products run on the tensor cores (HGMMA), the main loops keep everything in
+registers, no product waits for the one before it, and the consumers did get the registers of the producer.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the Hopper kernels are written in Triton's Gluon")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from octavo.kernels.hopper import flash_fwd  # noqa: E402
+
+SHARED_MEMORY = 227 * 1024  # bytes that one block of sm_90 may have
+
+PLAIN = {"RIGHT": False, "LEFT": False, "VARLEN": False, "EVEN": True, "SOFTCAP": False, "SINK": False}
+CAUSAL = PLAIN | {"RIGHT": True, "EVEN": False}
+EVERYTHING = {"RIGHT": True, "LEFT": True, "VARLEN": True, "EVEN": False, "SOFTCAP": True, "SINK": True}
+
+
+class Compiled(NamedTuple):
+    shared: int
+    report: str  # ptxas -v: registers, spills, warnings
+    instructions: list[tuple[int, str]]  # (address, text)
+
+
+def compile_forward(widths: tuple[int, int], dtype: str, flags: dict[str, bool], folder: Path) -> Compiled:
+    """`flash_fwd_kernel` with the tile that `flash_fwd` would choose, through ptxas."""
+    tile = flash_fwd.TILES[widths]
+    boxes = {
+        "q_desc": (64, widths[0]),
+        "k_desc": (tile.block_n, widths[0]),
+        "v_desc": (tile.block_n, widths[1]),
+        "o_desc": (64, widths[1]),
+    }
+    layout = repr(flash_fwd._LAYOUT)
+    types = {name: f"tensordesc<{dtype}[1, {rows}, 1, {dim}],{layout}>" for name, (rows, dim) in boxes.items()}
+    types |= {"lse_ptr": "*fp32", "sink_ptr": "*fp32", "cu_q": "*i32", "cu_k": "*i32", "counter": "*i32"}
+    types |= {"scale": "fp32", "cap": "fp32"}
+    constants = flags | {
+        "BLOCK_N": tile.block_n,
+        "STAGES": tile.stages,
+        "NUM_WG": tile.num_wg,
+        "O_IN_Q": tile.out_in_q,
+        "Q_IN_REGS": tile.q_in_registers,
+        "DYNAMIC": True,
+        "REGS": tile.registers,
+    }
+    kernel = flash_fwd.flash_fwd_kernel
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    source = GluonASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    options = {"num_warps": 4, "maxnreg": tile.max_registers, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
+    ptx.write_text(compiled.asm["ptx"])
+    cubin.write_bytes(compiled.asm["cubin"])
+    report = _output(get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(folder / "again.cubin"))
+    listing = _output(triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin))
+    found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", listing)
+    return Compiled(compiled.metadata.shared, report, [(int(address, 16), text) for address, text in found])
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def main_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
+    """Bodies of the innermost loops that hold products and no epilogue."""
+    loops = []
+    for address, text in instructions:
+        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        if target is None or int(target[1], 16) > address:
+            continue
+        body = [text for at, text in instructions if int(target[1], 16) <= at <= address]
+        if any("HGMMA" in text for text in body) and not any("UTMASTG" in text for text in body):
+            loops.append(body)
+    return loops
+
+
+@pytest.mark.parametrize("flags", [PLAIN, CAUSAL, EVERYTHING], ids=["plain", "causal", "everything"])
+@pytest.mark.parametrize(
+    ("widths", "dtype"), [((64, 64), "bf16"), ((128, 128), "fp16"), ((256, 128), "bf16"), ((256, 256), "bf16")]
+)
+def test_forward_compiles_to_what_the_design_needs(
+    widths: tuple[int, int], dtype: str, flags: dict[str, bool], tmp_path: Path
+) -> None:
+    compiled = compile_forward(widths, dtype, flags, tmp_path)
+    tile = flash_fwd.TILES[widths]
+    text = "\n".join(text for _, text in compiled.instructions)
+
+    assert compiled.shared <= SHARED_MEMORY
+    assert "serialized" not in compiled.report, "ptxas made the products wait for each other"
+    assert re.search(r"HGMMA\.64x\d+x16\.F32", text)
+    assert not re.search(r"\bHMMA\b", text), "a product left the warpgroup instructions"
+    assert re.search(rf"USETMAXREG\.TRY_ALLOC\.CTAPOOL UP\d, {tile.registers:#x}", text)
+
+    loops = main_loops(compiled.instructions)
+    walks = 1 + flags["RIGHT"] + flags["LEFT"]
+    assert len(loops) == walks * tile.num_wg
+    for body in loops:
+        joined = "\n".join(body)
+        products = widths[0] // 16 + tile.block_n // 16
+        assert joined.count("HGMMA") == products
+        assert not re.search(r"\b(LDL|STL)\b", joined), "the main loop spills registers"

@@ -1,7 +1,7 @@
 """What a request does to its logits before a token is drawn: bias, allowed tokens, bad words, min_tokens, penalties.
 
 `TokenRules` holds the rules that few requests have, one object per sequence, applied row by row. `PenaltyTable` holds
-what many may have at once, in tensors: it is updated by the one token per step that changed, never rebuilt.
+what many may have at once, in arrays: it is updated by the one token per step that changed, never rebuilt.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from octavo.engine.sampling_params import SamplingParams
 
@@ -76,23 +77,26 @@ def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
 
 
 class PenaltyTable:
-    """Token occurrences of the sequences that have penalties, one row each, 8 bytes per vocabulary entry.
+    """The distinct tokens of the sequences that have penalties, a row each, with their occurrences in the output.
 
-    A row knows how many outputs it counted; a sequence that moved otherwise (fork, failed step) is counted afresh.
+    A penalty touches the few hundred tokens that a sequence holds, so only their logits are gathered, changed and put
+    back; going over a whole vocabulary would take 30 times as long. A row knows how many outputs it counted; a sequence
+    that moved otherwise (fork, failed step) is counted afresh. Lives on the host, in NumPy.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._device = device
-        self._scale = torch.empty(0, vocab_size, device=device)  # repetition_penalty where the token occurred, else 1
-        self._counts = torch.empty(0, vocab_size, dtype=torch.int32, device=device)  # occurrences in the output
+    def __init__(self, vocab_size: int) -> None:
+        self._column = np.empty((0, vocab_size), dtype=np.int32)  # where a token stands in its row, −1 nowhere
+        self._tokens = np.empty((0, 256), dtype=np.int64)
+        self._counts = np.empty((0, 256), dtype=np.int32)  # occurrences in the output; 0 of prompt tokens
+        self._lengths = np.empty(0, dtype=np.int64)
+        self._counted = np.empty(0, dtype=np.int64)
         self._owner: list[SequenceState | None] = []
-        self._counted: list[int] = []
         self._free: list[int] = []
 
     def add(self, seq: "SequenceState") -> int:
         """A row for the sequence; give it back with `remove`."""
         if not self._free:
-            self._grow()
+            self._add_rows()
         row = self._free.pop()
         self._owner[row], self._counted[row] = seq, -1
         return row
@@ -101,46 +105,58 @@ class PenaltyTable:
         self._owner[row] = None
         self._free.append(row)
 
-    def _grow(self) -> None:
-        old, new = len(self._owner), max(4, 2 * len(self._owner))
-        for name in ("_scale", "_counts"):
-            tensor = getattr(self, name)
-            grown = tensor.new_empty(new, tensor.shape[1])
-            grown[:old] = tensor
-            setattr(self, name, grown)
-        self._owner += [None] * (new - old)
-        self._counted += [-1] * (new - old)
-        self._free += range(new - 1, old - 1, -1)
-
-    def _count_afresh(self, row: int, seq: "SequenceState", repetition_penalty: float) -> None:
-        output = np.array(seq.output_token_ids, dtype=np.int64)
-        counts = np.bincount(output, minlength=self._counts.shape[1]).astype(np.int32)
-        self._counts[row] = torch.from_numpy(counts).to(self._device)
-        self._scale[row] = 1.0
-        self._scale[row, torch.tensor(seq.token_ids, device=self._device)] = repetition_penalty
-        self._counted[row] = len(output)
-
-    def apply(self, logits: Tensor, rows: list[int], penalties: np.ndarray) -> Tensor:
-        """Penalised copy of `logits` (N, V); `penalties` (N, 3): presence, frequency, repetition."""
-        for row, repetition in zip(rows, penalties[:, 2], strict=True):
+    def apply(self, logits: Tensor, batch_rows: Tensor, rows: NDArray[np.int64], penalties: Tensor) -> None:
+        """Changes rows `batch_rows` (N,) of `logits`; `penalties` (N, 3): presence, frequency, repetition."""
+        for row in rows:
             seq = self._owner[row]
             assert seq is not None
-            if self._counted[row] != seq.num_output_tokens:
-                self._count_afresh(row, seq, float(repetition))
-        index = torch.tensor(rows, device=self._device)
-        presence, frequency, _ = torch.from_numpy(penalties.astype(np.float32)).to(self._device)[:, :, None].unbind(1)
-        if (penalties[:, 2] != 1).any():
-            scale = self._scale[index]
-            logits = torch.where(logits > 0, logits / scale, logits * scale)
-        if penalties[:, :2].any():
-            counts = self._counts[index]
-            logits = logits - frequency * counts - presence * (counts > 0)
-        return logits
+            if self._counted[row] != len(seq.token_ids) - seq.num_prompt_tokens:
+                self._count_afresh(row, seq)
+        width = np.arange(self._lengths[rows].max())
+        columns = np.where(width < self._lengths[rows, None], width, 0)  # the first token again, with the same result
+        tokens = torch.from_numpy(self._tokens[rows[:, None], columns]).to(logits.device)
+        counts = torch.from_numpy(self._counts[rows[:, None], columns]).to(logits.device)
+        presence, frequency, repetition = penalties[:, :, None].unbind(1)
+        x = logits[batch_rows[:, None], tokens]
+        x = torch.where(x > 0, x / repetition, x * repetition)
+        logits[batch_rows[:, None], tokens] = x - frequency * counts - presence * (counts > 0)
 
-    def record(self, rows: list[int], token_ids: Tensor, repetition_penalties: np.ndarray) -> None:
+    def record(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Counts the one new token (N,) of each row."""
-        index = torch.tensor(rows, device=self._device)
-        self._counts[index, token_ids] += 1
-        self._scale[index, token_ids] = torch.from_numpy(repetition_penalties.astype(np.float32)).to(self._device)
-        for row in rows:
-            self._counted[row] += 1
+        columns = self._column[rows, token_ids].astype(np.int64)
+        new = columns < 0
+        if new.any():
+            fresh = rows[new]
+            columns[new] = self._lengths[fresh]
+            self._reserve(int(columns.max()) + 1)
+            self._column[fresh, token_ids[new]] = columns[new]
+            self._tokens[fresh, columns[new]] = token_ids[new]
+            self._counts[fresh, columns[new]] = 0
+            self._lengths[fresh] += 1
+        self._counts[rows, columns] += 1
+        self._counted[rows] += 1
+
+    def _count_afresh(self, row: int, seq: "SequenceState") -> None:
+        tokens = np.unique(np.array(seq.token_ids, dtype=np.int64))
+        output = np.array(seq.output_token_ids, dtype=np.int64)
+        self._reserve(len(tokens))
+        self._column[row] = -1
+        self._column[row, tokens] = np.arange(len(tokens))
+        self._tokens[row, : len(tokens)] = tokens
+        self._counts[row, : len(tokens)] = np.bincount(self._column[row, output], minlength=len(tokens))
+        self._lengths[row], self._counted[row] = len(tokens), len(output)
+
+    def _add_rows(self) -> None:
+        old, new = len(self._owner), max(4, len(self._owner))
+        for name in ("_column", "_tokens", "_counts", "_lengths", "_counted"):
+            array = getattr(self, name)
+            setattr(self, name, np.concatenate([array, np.zeros((new, *array.shape[1:]), dtype=array.dtype)]))
+        self._owner += [None] * new
+        self._free += range(old + new - 1, old - 1, -1)
+
+    def _reserve(self, width: int) -> None:
+        """Room for `width` distinct tokens in each row."""
+        if width > (old := self._tokens.shape[1]):
+            extra = max(width, 2 * old) - old
+            self._tokens = np.pad(self._tokens, ((0, 0), (0, extra)))
+            self._counts = np.pad(self._counts, ((0, 0), (0, extra)))

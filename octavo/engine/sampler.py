@@ -57,10 +57,18 @@ class _Batch:
     expand: Tensor | None  # (rows,) entry of each row, when some entry samples more than once
     wishes: list[_LogprobWish]
     rules: list[tuple[int, TokenRules]]
-    penalised: list[int]  # rows
-    penalty_rows: list[int]  # theirs in the table
-    penalties: NDArray[np.float64]  # (penalised, 3)
+    penalised: "_PenalisedRows | None"
     random: "_RandomRows | None"
+
+
+@dataclass(slots=True)
+class _PenalisedRows:
+    """The rows that have penalties, as indices into the batch."""
+
+    rows: NDArray[np.int64]
+    rows_tensor: Tensor
+    table_rows: NDArray[np.int64]  # theirs in the PenaltyTable
+    penalties: Tensor  # (rows, 3) fp32
 
 
 @dataclass(slots=True)
@@ -113,7 +121,7 @@ class Sampler:
         self._seed = seed
         self._encode = encode
         self._slots: dict[tuple[int, int], _Slot] = {}
-        self._penalties = PenaltyTable(vocab_size, self._device)
+        self._penalties = PenaltyTable(vocab_size)
         self._batch = self._make_batch(())
 
     def sample(
@@ -135,14 +143,12 @@ class Sampler:
             logits = logits[batch.expand]
         reports = self._raw_logprobs(logits, batch.wishes) if batch.wishes else []
         self._apply_rules(logits, batch, token_bitmasks)
-        if batch.penalised:
-            logits[batch.penalised] = self._penalties.apply(
-                logits[batch.penalised], batch.penalty_rows, batch.penalties
-            )
+        if (penalised := batch.penalised) is not None:
+            self._penalties.apply(logits, penalised.rows_tensor, penalised.table_rows, penalised.penalties)
         tokens = self._draw(logits, batch)
-        if batch.penalised:
-            self._penalties.record(batch.penalty_rows, tokens[batch.penalised], batch.penalties[:, 2])
         token_ids: list[int] = tokens.tolist()
+        if penalised is not None:
+            self._penalties.record(penalised.table_rows, np.array(token_ids, dtype=np.int64)[penalised.rows])
         if not reports:
             return SampledTokens(token_ids, None, {})
         return _report(token_ids, reports)
@@ -197,7 +203,6 @@ class Sampler:
             sequences = [entries[i].seq for i in index]
             expand = torch.tensor(index, dtype=torch.int64, device=self._device)
         slots = self._keep_slots(sequences, candidates)
-        penalised = [row for row, slot in enumerate(slots) if slot.penalty_row is not None]
         return _Batch(
             entries=entries,
             sequences=sequences,
@@ -208,9 +213,7 @@ class Sampler:
                 if slot.num_logprobs is not None
             ],
             rules=[(row, slot.rules) for row, slot in enumerate(slots) if slot.rules is not None],
-            penalised=penalised,
-            penalty_rows=[row for slot in slots if (row := slot.penalty_row) is not None],
-            penalties=np.array([slots[row].numbers[_PENALTIES] for row in penalised]).reshape(-1, 3),
+            penalised=self._penalised_rows(slots),
             random=self._random_rows(slots),
         )
 
@@ -255,6 +258,14 @@ class Sampler:
             return request.params.seed
         digest = hashlib.blake2b(request.request_id.encode(), digest_size=8).digest()
         return derive_seed(self._seed, int.from_bytes(digest, "little"))
+
+    def _penalised_rows(self, slots: list[_Slot]) -> _PenalisedRows | None:
+        found = [(row, slot.penalty_row) for row, slot in enumerate(slots) if slot.penalty_row is not None]
+        if not found:
+            return None
+        rows, table_rows = np.array(found, dtype=np.int64).T
+        penalties = torch.tensor([slots[row].numbers[_PENALTIES] for row in rows], device=self._device)
+        return _PenalisedRows(rows, torch.from_numpy(rows.copy()).to(self._device), table_rows, penalties)
 
     def _random_rows(self, slots: list[_Slot]) -> _RandomRows | None:
         rows = [row for row, slot in enumerate(slots) if slot.numbers[_TEMPERATURE] >= _GREEDY_BELOW]

@@ -4,6 +4,7 @@ Packed, padded and unevenly used calls differ only in where a sequence's rows li
 rows can see, so that masked regions are never computed.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,13 +68,19 @@ def _spans(x: Tensor, cu_seqlens: Tensor | None, seqused: Tensor | None) -> tupl
     if cu_seqlens is None:
         starts, ends = [0] * x.shape[0], [x.shape[1]] * x.shape[0]
     else:
-        prefix = cu_seqlens.tolist()
+        prefix = checked_prefix_sums(cu_seqlens, x.shape[0])
         starts, ends = prefix[:-1], prefix[1:]
-        if prefix[0] != 0 or prefix[-1] > x.shape[0] or any(b < a for a, b in zip(starts, ends, strict=True)):
-            raise ValueError(f"cu_seqlens: expected prefix sums from 0 to at most {x.shape[0]}, got {prefix}")
     if seqused is not None:
         ends = [min(start + used, end) for start, used, end in zip(starts, seqused.tolist(), ends, strict=True)]
     return starts, ends
+
+
+def checked_prefix_sums(cu_seqlens: Tensor, total: int) -> list[int]:
+    """cu_seqlens as numbers; `ValueError` unless they rise from 0 to at most `total`, the rows there are."""
+    prefix: list[int] = cu_seqlens.tolist()
+    if prefix[0] != 0 or prefix[-1] > total or any(b < a for a, b in itertools.pairwise(prefix)):
+        raise ValueError(f"cu_seqlens: expected prefix sums from 0 to at most {total}, got {prefix}")
+    return prefix
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Attention on the CPU: the fastest of three ways that takes the call.
 
 Large masked calls go to the compiled kernel of `paged_attention.py`, dense rows being pages; plain ones to torch's
-fused kernel; all the rest to our own tiles of matmuls with online softmax. Every way the scores exist only tile by tile, so
-memory is O(S). The own tiles take every option; they fold the query heads of a key/value head into rows, so that
-grouped heads are never expanded, and never compute what the mask hides.
+fused kernel; all the rest to our own tiles of matmuls with online softmax. Every way the scores exist only tile by
+tile, so memory is O(S). The own tiles take every option; they fold the query heads of a key/value head into rows, so
+that grouped heads are never expanded, and never compute what the mask hides.
 """
 
 import torch

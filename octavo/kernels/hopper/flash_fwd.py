@@ -35,6 +35,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.hopper.gluon_compat import (
     FIRST_BARRIER,
+    KEEPS_LOOP_OPERANDS,
     barrier_arrive,
     barrier_sync,
     barrier_sync_if,
@@ -53,7 +54,7 @@ LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
 WG_ROWS = gl.constexpr(64)  # query rows of one warpgroup: the M of wgmma
 LAG = gl.constexpr(8.0)  # powers of two by which the row maximum may outgrow its reference
-# named barriers: the turns of up to 4 warpgroups at the tensor cores, the up to 3 stages of the ring that they have left
+# named barriers: up to 4 warpgroups' turns at the tensor cores, and up to 3 stages of the ring that they have left
 TURN = gl.constexpr(FIRST_BARRIER)
 K_EMPTY = gl.constexpr(FIRST_BARRIER + 4)
 V_EMPTY = gl.constexpr(FIRST_BARRIER + 7)
@@ -123,10 +124,10 @@ def visible_keys(row, len_q, len_k, window, RIGHT: gl.constexpr, LEFT: gl.conste
 
 @gluon.jit
 def ragged_rows(batch, start, length, row, N: gl.constexpr, VARLEN: gl.constexpr):
-    """First two TMA coordinates of N rows from `row` of a sequence; rows past its end read 0 and are not written.
+    """First two TMA coordinates of N rows from `row` of a sequence; past its end TMA reads 0 and writes nothing.
 
     A varlen descriptor has the axes (row, row, head, dim) over one buffer, moved back by N rows, and its second axis
-    ends at N: starting that axis at N - (rows left) lets the hardware cut at the end of the sequence, not of the buffer.
+    ends at N: starting that axis at N - (rows left) makes the hardware cut at the end of the sequence.
     """
     if VARLEN:
         valid = gl.maximum(gl.minimum(length - row, N), 0)
@@ -232,8 +233,8 @@ def softmax_block(
     """exp2 of one block of scores: (P in fp32, reference exponent, sums, factor for what came before).
 
     P is relative to 2^top. `top` follows the row maximum only when that has outgrown it by 2^LAG, so that the factor is
-    nearly always exactly 1 and the output needs no rescaling: P stays below 2^LAG, which fp32 sums and the 16-bit P hold
-    as well as numbers below 1.
+    nearly always exactly 1 and the output needs no rescaling: P stays below 2^LAG, which fp32 sums and the 16-bit P
+    hold as well as numbers below 1.
     """
     if SOFTCAP:
         s = tanh(s * cap)
@@ -340,18 +341,43 @@ def normalise(top, l, head, sink_ptr, SINK: gl.constexpr):
 
 
 @gluon.jit
+def pass_over(count, index, bars, wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr):
+    """Let `count` key blocks go by that none of these rows sees, keeping the place in the ring and the turns."""
+    k_full, v_full = bars
+    for _ in range(count):
+        stage = index % STAGES
+        phase = (index // STAGES) & 1
+        mbarrier.wait(k_full.index(stage), phase)
+        barrier_sync(TURN + wg, 256)
+        barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
+        barrier_arrive(K_EMPTY + stage, 128 * (NUM_WG + 1))
+        mbarrier.wait(v_full.index(stage), phase)
+        barrier_arrive(V_EMPTY + stage, 128 * (NUM_WG + 1))
+        index += 1
+    return index
+
+
+@gluon.jit
 def attend(
-    q, begin, end, clear_begin, clear_end, index, scale, cap, visible, smem, bars,
+    q, begin, end, own, index, scale, cap, visible, smem, bars,
     wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
     EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """Unnormalised output of 64 rows over key blocks [begin, end): (index, reference exponents, row sums, O)."""
+    """Unnormalised output of 64 rows over key blocks [begin, end): (index, reference exponents, row sums, O).
+
+    `own` is what these rows see of the blocks that the tile as a whole sees.
+    """
     k_smem, v_smem = smem
     k_full, v_full = bars
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, k_smem.shape[2], 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, v_smem.shape[4], 16])
     top = gl.full([WG_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
     o = gl.full([WG_ROWS, v_smem.shape[4]], 0.0, gl.float32, O_LAYOUT)
+    _, own_end, clear_begin, clear_end = own
+    if RIGHT:
+        own_end = gl.minimum(gl.maximum(own_end, begin + 1), end)
+        index = pass_over(end - own_end, index, bars, wg, NUM_WG, STAGES)
+        end = own_end
     s = issue_scores(q, index, k_smem, k_full, wg, STAGES, S_LAYOUT)
     barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
     s = warpgroup_mma_wait(0, [s])
@@ -411,17 +437,16 @@ def consume(
     q_tile = q_smem.index(wg).reshape([WG_ROWS, q_smem.shape[4]])
     if wg == NUM_WG - 1:
         barrier_arrive(TURN + 0, 256)  # the first warpgroup has the first turn
-    index = 0
-    turn = 0
-    loaded = 0
+    index, turn, loaded = 0, 0, 0
     tile = next_tile(turn, tiles, tile_full, tile_empty)
     while tile < num_tiles:
         m_block, head, batch = tile_place(tile, grid)
         start_q, _start_k, len_q, len_k = sequence(batch, lengths, VARLEN)
         tile_row = m_block * ROWS
         if tile_row < len_q:
-            begin, end, clear_begin, clear_end = key_blocks(tile_row, len_q, len_k, window, ROWS, BLOCK_N, RIGHT, LEFT)
             first_row = tile_row + wg * WG_ROWS
+            begin, end, _, _ = key_blocks(tile_row, len_q, len_k, window, ROWS, BLOCK_N, RIGHT, LEFT)
+            own = key_blocks(first_row, len_q, len_k, window, WG_ROWS, BLOCK_N, RIGHT, LEFT)
             row = first_row + gl.arange(0, WG_ROWS, ROW)
             top = gl.full([WG_ROWS], float("-inf"), gl.float32, ROW)
             l = gl.full([WG_ROWS], 0.0, gl.float32, ROW)
@@ -435,7 +460,7 @@ def consume(
                 mbarrier.arrive(q_empty.index(wg), count=1)
             if begin < end:
                 index, top, l, o = attend(
-                    q, begin, end, clear_begin, clear_end, index, scale, cap,
+                    q, begin, end, own, index, scale, cap,
                     visible_keys(row, len_q, len_k, window, RIGHT, LEFT), (k_smem, v_smem), (k_full, v_full),
                     wg, NUM_WG, STAGES, RIGHT, LEFT, EVEN, SOFTCAP,
                 )  # fmt: skip
@@ -562,7 +587,7 @@ class Tile(NamedTuple):
 # by the widths of q and v in shared memory; measured on an H100, see docs/kernels/hopper_flash_fwd.md
 TILES = {
     (64, 64): Tile(4, 64, 3, 112, 96),
-    (128, 128): Tile(2, 128, 2, 240, 168, q_in_registers=True),
+    (128, 128): Tile(2, 128, 2, 240, 168, q_in_registers=KEEPS_LOOP_OPERANDS),
     (256, 128): Tile(2, 64, 2, 240, 168),
     (256, 256): Tile(2, 64, 2, 240, 168, out_in_q=True),
 }

@@ -16,6 +16,9 @@ else:  # Triton 3.6
     tma_load, tma_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
 
+# over a loop, the assembler of Triton 3.9 copies operands that stay in registers at every turn; that of 3.6 does not
+KEEPS_LOOP_OPERANDS = not hasattr(tma, "async_load")
+
 
 @gluon.jit
 def barrier_sync(index, THREADS: gl.constexpr):

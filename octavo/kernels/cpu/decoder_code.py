@@ -108,9 +108,8 @@ def rotate_and_store(p, layer, attention, row, me, threads):
             copy_row((k + kv_heads * width, i64(layer)[21] + v_to + h * int_argument(attention, 18), head_dim))
 
 
-def make_kernel(head_dim, bits, has_mins, wide_scales):
-    quantize, multiply, quantize_one = make_phases(bits, has_mins, wide_scales)
-    walk = make_attention(head_dim, head_dim, "f32", "f32")
+def make_row_phases(quantize_one):
+    """(normalize, activate): what happens to rows between the products, ending in quantised rows."""
 
     @_jit
     def normalize(p, weight, row, me, threads):
@@ -130,6 +129,15 @@ def make_kernel(head_dim, bits, has_mins, wide_scales):
             gate = int_argument(p, 17) + 8 * t * width
             swiglu((gate, gate + 4 * width, width, row))
             quantize_one(row, t, tokens, width // 32, int_argument(p, 10), int_argument(p, 18))
+
+    return normalize, activate
+
+
+def make_run_layer(head_dim, bits, has_mins, wide_scales):
+    """One layer, a barrier after each phase."""
+    quantize, multiply, quantize_one = make_phases(bits, has_mins, wide_scales)
+    normalize, activate = make_row_phases(quantize_one)
+    attend_items = make_attention(head_dim, head_dim, "f32", "f32")
 
     @_jit
     def product(p, linear, in_features, out_features, out, accumulate, me, threads):
@@ -155,13 +163,12 @@ def make_kernel(head_dim, bits, has_mins, wide_scales):
         i64(attention)[HEADER + 10] = i64(layer)[20]
         i64(attention)[HEADER + 11] = i64(layer)[21]
         i64(attention)[HEADER + 23] = i64(layer)[22]
-        walk(attention, me, threads, False)
+        attend_items(attention, me, threads, False)
         barrier(p)
-        walk(attention, me, threads, True)
+        attend_items(attention, me, threads, True)
 
     @_jit
     def run_layer(p, layer, attention, row, me, threads):
-        """One layer; a barrier ends each phase."""
         hidden, tokens, width, inner = int_argument(p, 0), int_argument(p, 1), int_argument(p, 6), int_argument(p, 7)
         heads, kv_heads = int_argument(p, 8), int_argument(p, 9)
         qkv, attended, gate_up = int_argument(p, 15), int_argument(p, 16), int_argument(p, 17)
@@ -186,6 +193,12 @@ def make_kernel(head_dim, bits, has_mins, wide_scales):
         barrier(p)
         product(p, layer + 8 * 16, inner, width, hidden, 1, me, threads)
         barrier(p)
+
+    return run_layer
+
+
+def make_kernel(head_dim, bits, has_mins, wide_scales):
+    run_layer = make_run_layer(head_dim, bits, has_mins, wide_scales)
 
     def kernel(p):
         me, threads = thread(p), num_threads(p)

@@ -44,7 +44,7 @@ def refuses_paged_attention(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """q (T, Hq, D) packed by `cu_seqlens_q` → `(out (T, Hq, Dv), softmax_lse (Hq, T))`; num_splits is the kernel's affair."""
+    """q (T, Hq, D) packed by `cu_seqlens_q` → `(out (T, Hq, Dv), softmax_lse (Hq, T))`; splits are the kernel's."""
     tokens, heads, head_dim = q.shape
     head_dim_v = v_cache.shape[-1]
     out = q.new_zeros(tokens, heads, head_dim_v)

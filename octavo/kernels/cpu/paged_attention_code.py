@@ -28,6 +28,7 @@ from octavo.kernels.cpu.simd import (
 )
 
 DIRECT_ROWS = 7  # up to here keys are multiplied where they lie
+TILE_COST = 4  # what a tile costs beside its rows, in rows
 _SIZES = {"f32": 4, "f16": 2, "bf16": 2}
 _jit = njit(error_model="numpy")
 
@@ -216,120 +217,103 @@ def by_rows(pieces):
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-def make_attention(head_dim, head_dim_v, io_type, kv_type):
-    """(attend, merge): all items of this thread, and after a barrier the items that several threads shared."""
-    registers = 24  # of 32, for sums that stay in them
-    direct, direct_rows = by_rows(
-        [make_scores_direct(n, head_dim, kv_type) for n in range(1, max(1, min(4, registers * LANES // head_dim)) + 1)]
-    )
-    packed, packed_rows = by_rows([make_scores_packed(n, head_dim) for n in range(1, registers * LANES // TILE + 1)])
-    add_values, value_rows = by_rows(
-        [make_add_values(n, head_dim_v, kv_type) for n in range(1, max(1, min(6, registers * LANES // head_dim_v)) + 1)]
-    )
-    transpose_keys = make_transpose_keys(head_dim, kv_type)
-    softmax_plain, softmax_capped = (make_softmax_row(head_dim_v, capped) for capped in (False, True))
-    load_row, store_row = make_load_row(head_dim, io_type), make_store_row(head_dim_v, io_type)
-    partial_bytes = 4 * MAX_ROWS * (head_dim_v + 2)
-    io_size = _SIZES[io_type]
+class Layout:
+    """Where things are in a thread's scratch, in bytes; first are scale, softcap, 1 / softcap, a spare, a factor."""
 
-    queries_at = 64  # the scratch begins with scale, softcap, 1 / softcap, one
-    keys_at = queries_at + 4 * MAX_ROWS * head_dim
-    scores_at = keys_at + 4 * TILE * head_dim
-    addresses_at = scores_at + 4 * MAX_ROWS * TILE
-    sums_at = addresses_at + 2 * 16 * TILE  # sums, maxima, totals; then the same twice for partial results
-    maxima, totals = 4 * MAX_ROWS * head_dim_v, 4 * MAX_ROWS * (head_dim_v + 1)
+    def __init__(self, head_dim, head_dim_v):
+        self.head_dim, self.head_dim_v = head_dim, head_dim_v
+        self.queries = 64
+        self.keys = self.queries + 4 * MAX_ROWS * head_dim
+        self.scores = self.keys + 4 * TILE * head_dim
+        self.addresses = self.scores + 4 * MAX_ROWS * TILE  # of a tile's keys and values, and of the next tile's
+        self.sums = self.addresses + 2 * 16 * TILE  # sums, maxima, totals; then the same twice for partial results
+        self.maxima = 4 * MAX_ROWS * head_dim_v  # from the sums
+        self.totals = self.maxima + 4 * MAX_ROWS
+        self.partial = self.totals + 4 * MAX_ROWS  # size of one result
+
+
+def make_scores(layout, kv_type):
+    """All scores of one tile."""
+    head_dim, registers = layout.head_dim, 24 * LANES  # fp32 sums that stay in registers
+    most = max(1, min(4, registers // head_dim))
+    direct, direct_rows = by_rows([make_scores_direct(n, head_dim, kv_type) for n in range(1, most + 1)])
+    packed, packed_rows = by_rows([make_scores_packed(n, head_dim) for n in range(1, registers // TILE + 1)])
+    transpose_keys = make_transpose_keys(head_dim, kv_type)
 
     @_jit
-    def run_tile(
-        scratch, addresses, upcoming, rows, count, capped, group, first_position, start, window_left, window_right
-    ):
-        """Scores, softmax and values of one tile; `upcoming` holds the addresses of the next one."""
-        queries, keys, scores = scratch + queries_at, scratch + keys_at, scratch + scores_at
-        sums = scratch + sums_at
-        groups = (count + LANES - 1) // LANES
+    def score(rows, groups, queries, keys, upcoming, transposed, scores):
         if rows <= DIRECT_ROWS:
             for r in range(0, rows, direct_rows):
                 for g in range(groups):
-                    at = 8 * LANES * g
-                    direct(
-                        min(direct_rows, rows - r),
-                        (
-                            queries + 4 * r * head_dim,
-                            addresses + at,
-                            upcoming + at,
-                            scores + 4 * r * TILE + 4 * LANES * g,
-                        ),
-                    )
+                    at, to = 8 * LANES * g, scores + 4 * r * TILE + 4 * LANES * g
+                    direct(min(direct_rows, rows - r), (queries + 4 * r * head_dim, keys + at, upcoming + at, to))
         else:
             for g in range(groups):
-                transpose_keys((addresses + 8 * LANES * g, keys + 4 * LANES * g))
+                transpose_keys((keys + 8 * LANES * g, transposed + 4 * LANES * g))
             for r in range(0, rows, packed_rows):
-                packed(min(packed_rows, rows - r), (queries + 4 * r * head_dim, keys, scores + 4 * r * TILE))
+                packed(min(packed_rows, rows - r), (queries + 4 * r * head_dim, transposed, scores + 4 * r * TILE))
+
+    return score
+
+
+def make_run_tile(layout, kv_type):
+    """Scores, softmax and values of one tile."""
+    score = make_scores(layout, kv_type)
+    head_dim_v, maxima, totals = layout.head_dim_v, layout.maxima, layout.totals
+    queries_at, keys_at, scores_at, sums_at = layout.queries, layout.keys, layout.scores, layout.sums
+    most = max(1, min(6, 24 * LANES // head_dim_v))
+    add_values, value_rows = by_rows([make_add_values(n, head_dim_v, kv_type) for n in range(1, most + 1)])
+    softmax_plain, softmax_capped = (make_softmax_row(head_dim_v, capped) for capped in (False, True))
+
+    @_jit
+    def run_tile(scratch, addresses, upcoming, rows, count, capped, group, position, window_left, window_right):
+        """`position`: of the first row, from the tile's first key on; `upcoming`: the next tile's addresses."""
+        scores, sums = scratch + scores_at, scratch + sums_at
+        groups = (count + LANES - 1) // LANES
+        score(rows, groups, scratch + queries_at, addresses, upcoming, scratch + keys_at, scores)
         for r in range(rows):
-            position = first_position + r // group - start
-            low = position - window_left if window_left >= 0 else 0
-            high = min(count, position + window_right + 1) if window_right >= 0 else count
-            row = (
-                scores + 4 * r * TILE,
-                groups,
-                low,
-                high,
-                scratch + 4,
-                sums + maxima + 4 * r,
-                sums + totals + 4 * r,
-                sums + 4 * r * head_dim_v,
-            )
+            at = position + r // group
+            low = at - window_left if window_left >= 0 else 0
+            high = min(count, at + window_right + 1) if window_right >= 0 else count
+            statistics = (sums + maxima + 4 * r, sums + totals + 4 * r, sums + 4 * r * head_dim_v)
+            row = (scores + 4 * r * TILE, groups, low, high, scratch + 4, statistics[0], statistics[1], statistics[2])
             if capped:
                 softmax_capped(row)
             else:
                 softmax_plain(row)
+        values, upcoming_values = addresses + 8 * TILE, upcoming + 8 * TILE
         for r in range(0, rows, value_rows):
-            add_values(
-                min(value_rows, rows - r),
-                (
-                    scores + 4 * r * TILE,
-                    addresses + 8 * TILE,
-                    upcoming + 8 * TILE,
-                    count,
-                    sums + 4 * r * head_dim_v,
-                ),
-            )
+            row_scores, row_sums = scores + 4 * r * TILE, sums + 4 * r * head_dim_v
+            add_values(min(value_rows, rows - r), (row_scores, values, upcoming_values, count, row_sums))
 
-    @_jit
-    def find_keys(p, target, sequence, head, start, count):
-        """The addresses of a tile's keys and values; places past its end hold those of its last key."""
-        block_size = int_argument(p, 12)
-        table = i32(int_argument(p, 21) + 4 * sequence * int_argument(p, 22))
-        k = int_argument(p, 10) + head * int_argument(p, 15)
-        v = int_argument(p, 11) + head * int_argument(p, 18)
-        addresses = i64(target)
-        for j in range(TILE):
-            key = start + min(j, count - 1)
-            block, slot = table[key // block_size], key % block_size
-            addresses[j] = k + block * int_argument(p, 13) + slot * int_argument(p, 14)
-            addresses[TILE + j] = v + block * int_argument(p, 16) + slot * int_argument(p, 17)
+    return run_tile
 
-    @_jit
-    def write_rows(p, scratch, sums, group, rows, first_row, head, sinks):
-        """Normalised results, and where wanted each row's maximum and total, of which the LSE is made."""
-        largest_of_rows, tokens, heads = int_argument(p, 5), int_argument(p, 6), int_argument(p, 8)
-        for r in range(rows):
-            token, h = first_row + r // group, head * group + r % group
-            largest, total = f32(sums + maxima)[r], f32(sums + totals)[r]
-            if sinks != 0:
-                sink = f32(sinks)[h]
-                new = max(largest, sink)
-                fade = exp(largest - new)
-                total = total * fade + exp(sink - new)
-                f32(scratch)[4] = fade / total
-                largest = new
-            else:
-                f32(scratch)[4] = np.float32(1) / total if total != 0 else np.float32(0)
-            out = int_argument(p, 3) + token * int_argument(p, 4) + h * head_dim_v * io_size
-            store_row((sums + 4 * r * head_dim_v, scratch + 16, out))
-            if largest_of_rows != 0:
-                f32(largest_of_rows)[h * tokens + token] = largest
-                f32(largest_of_rows)[(heads + h) * tokens + token] = total
+
+@_jit
+def find_keys(p, target, sequence, head, start, count):
+    """The addresses of a tile's keys and values; places past its end hold those of its last key."""
+    block_size = int_argument(p, 12)
+    table = i32(int_argument(p, 21) + 4 * sequence * int_argument(p, 22))
+    k = int_argument(p, 10) + head * int_argument(p, 15)
+    v = int_argument(p, 11) + head * int_argument(p, 18)
+    addresses = i64(target)
+    index, slot = start // block_size, start % block_size
+    for j in range(count):  # no division per key: it would take a quarter of a decode tile's time
+        addresses[j] = k + table[index] * int_argument(p, 13) + slot * int_argument(p, 14)
+        addresses[TILE + j] = v + table[index] * int_argument(p, 16) + slot * int_argument(p, 17)
+        slot += 1
+        if slot == block_size:
+            index, slot = index + 1, 0
+    for j in range(count, TILE):
+        addresses[j] = addresses[count - 1]
+        addresses[TILE + j] = addresses[TILE + count - 1]
+
+
+def make_rows(layout, io_type):
+    """(begin_rows, write_rows, merge_into): an item's rows before, after and between its tiles."""
+    head_dim, head_dim_v, maxima, totals = layout.head_dim, layout.head_dim_v, layout.maxima, layout.totals
+    queries_at, sums_at, io_size = layout.queries, layout.sums, _SIZES[io_type]
+    load_row, store_row = make_load_row(head_dim, io_type), make_store_row(head_dim_v, io_type)
 
     @_jit
     def begin_rows(p, scratch, group, rows, first_row, head):
@@ -344,9 +328,26 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
             f32(sums)[i] = 0.0
 
     @_jit
-    def copy(source, target, count):
-        for i in range(count):
-            f32(target)[i] = f32(source)[i]
+    def write_rows(p, scratch, sums, group, rows, first_row, head):
+        """Normalised results, and where wanted each row's maximum and total, of which the LSE is made."""
+        statistics, tokens, heads = int_argument(p, 5), int_argument(p, 6), int_argument(p, 8)
+        sinks = int_argument(p, 25)
+        for r in range(rows):
+            token, h = first_row + r // group, head * group + r % group
+            largest, total = f32(sums + maxima)[r], f32(sums + totals)[r]
+            fade = np.float32(1)
+            if sinks != 0:
+                sink = f32(sinks)[h]
+                new = max(largest, sink)
+                fade = exp(largest - new)
+                total = total * fade + exp(sink - new)
+                largest = new
+            f32(scratch)[4] = fade / total if total != 0 else np.float32(0)
+            out = int_argument(p, 3) + token * int_argument(p, 4) + h * head_dim_v * io_size
+            store_row((sums + 4 * r * head_dim_v, scratch + 16, out))
+            if statistics != 0:
+                f32(statistics)[h * tokens + token] = largest
+                f32(statistics)[(heads + h) * tokens + token] = total
 
     @_jit
     def merge_into(target, source, rows):
@@ -362,78 +363,128 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
             for i in range(r * head_dim_v, (r + 1) * head_dim_v):
                 f32(target)[i] = f32(target)[i] * fade_a + f32(source)[i] * fade_b
 
-    @_jit
-    def item_bounds(p, sequence, first, queries):
-        """(rows of q before it, position of its first row, first and last key + 1) of `queries` tokens from `first`."""
-        cu_seqlens = i32(int_argument(p, 19))
-        keys = i32(int_argument(p, 20))[sequence]
-        begin, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
-        position = keys - (end - begin) + first
-        window_left, window_right = int_argument(p, 23), int_argument(p, 24)
-        key_begin = max(0, position - window_left) if window_left >= 0 else 0
-        key_end = min(keys, position + queries + window_right) if window_right >= 0 else keys
-        return begin + first, position, key_begin, max(key_begin, key_end)
+    return begin_rows, write_rows, merge_into
 
-    @_jit
-    def total_work(p, group, per_item):
-        work = 0
-        for sequence in range(int_argument(p, 7)):
-            length = i32(int_argument(p, 19))[sequence + 1] - i32(int_argument(p, 19))[sequence]
-            for first in range(0, length, per_item):
-                queries = min(per_item, length - first)
-                _, _, key_begin, key_end = item_bounds(p, sequence, first, queries)
-                tiles = max(1, (key_end - key_begin + TILE - 1) // TILE)
-                work += tiles * (queries * group + 4) * int_argument(p, 9)
-        return work
 
-    @_jit
-    def begin_scratch(p, scratch):
-        cap = float_argument(p, 27)
-        f32(scratch)[0] = float_argument(p, 26)
-        f32(scratch)[1] = cap
-        f32(scratch)[2] = 1 / cap if cap != 0 else 0.0
+@_jit
+def item_bounds(p, sequence, first, queries):
+    """(row of q, position of that row, first key, last key + 1) of `queries` tokens from a sequence's `first`."""
+    cu_seqlens = i32(int_argument(p, 19))
+    keys = i32(int_argument(p, 20))[sequence]
+    begin, end = cu_seqlens[sequence], cu_seqlens[sequence + 1]
+    position = keys - (end - begin) + first
+    window_left, window_right = int_argument(p, 23), int_argument(p, 24)
+    key_begin = max(0, position - window_left) if window_left >= 0 else 0
+    key_end = min(keys, position + queries + window_right) if window_right >= 0 else keys
+    return begin + first, position, key_begin, max(key_begin, key_end)
+
+
+@_jit
+def tiles_of(bounds):
+    return max(1, (bounds[3] - bounds[2] + TILE - 1) // TILE)
+
+
+@_jit
+def tokens_of(p, sequence):
+    return i32(int_argument(p, 19))[sequence + 1] - i32(int_argument(p, 19))[sequence]
+
+
+@_jit
+def total_work(p, group, per_item):
+    """Of all items: tiles times rows, and a little for what each tile costs anyway."""
+    work = 0
+    for sequence in range(int_argument(p, 7)):
+        length = tokens_of(p, sequence)
+        for first in range(0, length, per_item):
+            queries = min(per_item, length - first)
+            tiles = tiles_of(item_bounds(p, sequence, first, queries))
+            work += tiles * (queries * group + TILE_COST) * int_argument(p, 9)
+    return work
+
+
+@_jit
+def first_tile_at(work, at, cost):
+    """The first tile of an item beginning at `at` that begins at or after `work`."""
+    return max(0, (work - at + cost - 1) // cost)
+
+
+@_jit
+def begin_scratch(p, scratch):
+    cap = float_argument(p, 27)
+    f32(scratch)[0] = float_argument(p, 26)
+    f32(scratch)[1] = cap
+    f32(scratch)[2] = 1 / cap if cap != 0 else 0.0
+
+
+def make_run_piece(layout, begin_rows, run_tile):
+    addresses_at = layout.addresses
 
     @_jit
     def run_piece(p, scratch, sequence, head, group, bounds, rows, tile_begin, tile_end):
         """Tiles tile_begin to tile_end of an item, into the scratch's sums."""
         first_row, position, key_begin, key_end = bounds
         begin_rows(p, scratch, group, rows, first_row, head)
-        capped = float_argument(p, 27) != 0
+        capped, window_left, window_right = float_argument(p, 27) != 0, int_argument(p, 23), int_argument(p, 24)
         addresses, upcoming = scratch + addresses_at, scratch + addresses_at + 16 * TILE
-        start = key_begin + tile_begin * TILE
-        count = min(TILE, key_end - start)
+        start, stop = key_begin + tile_begin * TILE, min(key_end, key_begin + tile_end * TILE)
+        count = min(TILE, stop - start)
         if count > 0:
             find_keys(p, addresses, sequence, head, start, count)
         while count > 0:
-            after = min(TILE, min(key_end, key_begin + tile_end * TILE) - start - count)
+            after = min(TILE, stop - start - count)
+            following = addresses
             if after > 0:
                 find_keys(p, upcoming, sequence, head, start + count, after)
-            window_left, window_right = int_argument(p, 23), int_argument(p, 24)
-            run_tile(
-                scratch,
-                addresses,
-                upcoming if after > 0 else addresses,
-                rows,
-                count,
-                capped,
-                group,
-                position,
-                start,
-                window_left,
-                window_right,
-            )
+                following = upcoming
+            at = position - start
+            run_tile(scratch, addresses, following, rows, count, capped, group, at, window_left, window_right)
             start, count = start + count, after
             addresses, upcoming = upcoming, addresses
 
-    @_jit
-    def walk(p, me, threads, merging):
-        """All items in order; this thread's tiles are those that begin in its share of the work.
+    return run_piece
 
-        First (merging false) it computes them. An item that continues on the next threads is left in the scratch's last
-        partial result, one that began on an earlier thread in the first. Then (merging true) the thread on which an item
-        began joins the pieces.
-        """
-        group = int_argument(p, 8) // int_argument(p, 9)
+
+def make_pieces(layout, merge_into):
+    """(keep_piece, join_pieces): for items that several threads share."""
+    sums_at, partial = layout.sums, layout.partial
+
+    @_jit
+    def keep_piece(scratch, slot):
+        source, target = f32(scratch + sums_at), f32(scratch + sums_at + slot * partial)
+        for i in range(partial // 4):
+            target[i] = source[i]
+
+    @_jit
+    def join_pieces(p, me, threads, work, rows, at, cost, tiles):
+        """The pieces of an item that began on this thread; returns where they are joined."""
+        scratches, stride = int_argument(p, 28), int_argument(p, 29)
+        target = scratches + me * stride + sums_at + 2 * partial
+        for other in range(me + 1, threads):
+            low, high = share(work, other, threads)
+            if first_tile_at(low, at, cost) < min(tiles, first_tile_at(high, at, cost)):
+                merge_into(target, scratches + other * stride + sums_at + partial, rows)
+        return target
+
+    return keep_piece, join_pieces
+
+
+def make_attention(head_dim, head_dim_v, io_type, kv_type):
+    """attend(p, me, threads, merging) does all items of this thread; called again, after a barrier, with merging true,
+    it joins the items that several threads shared.
+
+    A thread's tiles are those that begin in its share of the work. An item that continues on the next threads is left
+    in the scratch's last partial result, one that began on an earlier thread in the first; the thread on which an
+    item began joins the pieces.
+    """
+    layout = Layout(head_dim, head_dim_v)
+    sums_at = layout.sums
+    begin_rows, write_rows, merge_into = make_rows(layout, io_type)
+    keep_piece, join_pieces = make_pieces(layout, merge_into)
+    run_piece = make_run_piece(layout, begin_rows, make_run_tile(layout, kv_type))
+
+    @_jit
+    def attend(p, me, threads, merging):
+        group, kv_heads = int_argument(p, 8) // int_argument(p, 9), int_argument(p, 9)
         per_item = MAX_ROWS // group
         work = total_work(p, group, per_item)
         low, high = share(work, me, threads)
@@ -441,48 +492,37 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
         begin_scratch(p, scratch)
         at = 0
         for sequence in range(int_argument(p, 7)):
-            length = i32(int_argument(p, 19))[sequence + 1] - i32(int_argument(p, 19))[sequence]
+            length = tokens_of(p, sequence)
             for first in range(0, length, per_item):
                 queries = min(per_item, length - first)
                 bounds = item_bounds(p, sequence, first, queries)
-                tiles = max(1, (bounds[3] - bounds[2] + TILE - 1) // TILE)
-                rows = queries * group
-                for head in range(int_argument(p, 9)):
-                    cost = rows + 4
-                    tile_begin = max(0, (low - at + cost - 1) // cost)
-                    tile_end = min(tiles, (high - at + cost - 1) // cost)
-                    at += tiles * cost
-                    if tile_begin >= tile_end:
-                        continue
-                    if not merging:
-                        run_piece(p, scratch, sequence, head, group, bounds, rows, tile_begin, tile_end)
-                        if tile_end - tile_begin < tiles:
-                            slot = 1 if tile_begin > 0 else 2
-                            copy(scratch + sums_at, scratch + sums_at + slot * partial_bytes, partial_bytes // 4)
+                tiles, rows = tiles_of(bounds), queries * group
+                cost = rows + TILE_COST
+                for head in range(kv_heads):
+                    begin, end = first_tile_at(low, at, cost), min(tiles, first_tile_at(high, at, cost))
+                    if begin < end and not merging:
+                        run_piece(p, scratch, sequence, head, group, bounds, rows, begin, end)
+                        if begin > 0:
+                            keep_piece(scratch, 1)
+                        elif end < tiles:
+                            keep_piece(scratch, 2)
                         else:
-                            write_rows(p, scratch, scratch + sums_at, group, rows, bounds[0], head, int_argument(p, 25))
-                    elif tile_begin == 0 and tile_end < tiles:
-                        target = scratch + sums_at + 2 * partial_bytes
-                        other = me + 1
-                        while other < threads and share(work, other, threads)[0] < at:
-                            source = int_argument(p, 28) + other * int_argument(p, 29) + sums_at + partial_bytes
-                            begins = (share(work, other, threads)[0] - (at - tiles * cost) + cost - 1) // cost
-                            ends = (share(work, other, threads)[1] - (at - tiles * cost) + cost - 1) // cost
-                            if begins < min(tiles, ends):
-                                merge_into(target, source, rows)
-                            other += 1
-                        write_rows(p, scratch, target, group, rows, bounds[0], head, int_argument(p, 25))
+                            write_rows(p, scratch, scratch + sums_at, group, rows, bounds[0], head)
+                    if begin == 0 and 0 < end < tiles and merging:
+                        joined = join_pieces(p, me, threads, work, rows, at, cost, tiles)
+                        write_rows(p, scratch, joined, group, rows, bounds[0], head)
+                    at += tiles * cost
 
-    return walk
+    return attend
 
 
 def make_kernel(head_dim, head_dim_v, dtype):
-    walk = make_attention(head_dim, head_dim_v, dtype, dtype)
+    attend = make_attention(head_dim, head_dim_v, dtype, dtype)
 
     def kernel(p):
         me, threads = thread(p), num_threads(p)
-        walk(p, me, threads, False)
+        attend(p, me, threads, False)
         barrier(p)
-        walk(p, me, threads, True)
+        attend(p, me, threads, True)
 
     return kernel

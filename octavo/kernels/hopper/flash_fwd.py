@@ -593,7 +593,7 @@ TILES = {
 }
 MIN_QUERIES = 64  # with fewer rows most of a tile is empty, and splitting the keys matters more
 L2_SHARE = 32 << 20  # bytes of keys and values that one section of heads may keep in the 50 MB L2
-_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+_DTYPES = (torch.float16, torch.bfloat16)
 _UNSUPPORTED = ("seqused_q", "seqused_k", "leftpad_k", "block_table", "qv", "alibi_slopes", "attn_bias")
 
 
@@ -602,8 +602,8 @@ def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: A
     if q.dtype not in _DTYPES:
         return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
     if (_width(q.shape[-1]), _width(v.shape[-1])) not in TILES or q.shape[-1] % 8 or v.shape[-1] % 8:
-        dims = f"{q.shape[-1]} and {v.shape[-1]}"
-        return f"it takes head_dim up to 256 in multiples of 8, as wide as v's or up to twice as wide, not {dims}"
+        widths = ", ".join(f"{d}/{dv}" for d, dv in TILES)
+        return f"it takes head_dim/v's in multiples of 8 that round up to {widths}, not {q.shape[-1]}/{v.shape[-1]}"
     given = [name for name in _UNSUPPORTED if getattr(t, name) is not None]
     if given or spec.dropout_p:
         return f"it does not take {', '.join(given) or 'dropout_p'}"
@@ -638,7 +638,7 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: Attention
     num_tiles = num_m * batch * heads
     programs = min(num_tiles, _processors(q.device))
     uneven = varlen or spec.window_left >= 0 or spec.window_right >= 0
-    pairs_in_l2 = L2_SHARE // (len_k * (q.shape[-1] + v.shape[-1]) * q.element_size()) if uneven else 1
+    pairs_in_l2 = L2_SHARE // (max(len_k, 1) * (q.shape[-1] + v.shape[-1]) * q.element_size()) if uneven else 1
     group = heads // heads_k
     flash_fwd_kernel[(programs,)](
         _descriptor(q, WG_ROWS.value, varlen),

@@ -1,0 +1,83 @@
+"""Which calls the Hopper forward takes, and how it addresses them: all of it without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Hopper kernels are written in Triton's Gluon")
+
+from octavo.kernels.hopper.flash_fwd import _descriptor, _readable_by_tma, refuses_flash_fwd
+from octavo.kernels.spec import AttentionSpec, AttentionTensors
+
+CAUSAL = AttentionSpec(0.125, window_right=0)
+NO_TENSORS = AttentionTensors()
+CU = torch.tensor([0, 100, 200], dtype=torch.int32)
+
+
+def qkv(head_dim=128, head_dim_v=None, dtype=torch.bfloat16, rows=128):
+    q = torch.zeros(2, rows, 8, head_dim, dtype=dtype)
+    return q, torch.zeros(2, 64, 2, head_dim, dtype=dtype), torch.zeros(2, 64, 2, head_dim_v or head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+def test_takes_the_head_sizes_of_models(dims, dtype):
+    assert refuses_flash_fwd(*qkv(*dims, dtype), CAUSAL, NO_TENSORS) is None
+
+
+def test_takes_windows_softcap_and_sinks():
+    spec = AttentionSpec(0.125, window_left=127, window_right=0, softcap=30.0)
+    assert refuses_flash_fwd(*qkv(), spec, AttentionTensors(learnable_sink=torch.zeros(8))) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "spec", "t", "says"),
+    [
+        (qkv(dtype=torch.float32), CAUSAL, NO_TENSORS, "float32"),
+        (qkv(59), CAUSAL, NO_TENSORS, "59/59"),
+        (qkv(576, 512), CAUSAL, NO_TENSORS, "576/512"),
+        (qkv(), AttentionSpec(0.125, dropout_p=0.1), NO_TENSORS, "dropout_p"),
+        (qkv(), AttentionSpec(-0.125), NO_TENSORS, "softmax_scale"),
+        (qkv(), CAUSAL, AttentionTensors(alibi_slopes=torch.zeros(8)), "alibi_slopes"),
+        (qkv(), CAUSAL, AttentionTensors(block_table=torch.zeros(2, 4)), "block_table"),
+        (qkv(), CAUSAL, AttentionTensors(cu_seqlens_q=CU, max_seqlen_q=100), "cu_seqlens_k"),
+        (qkv(rows=1), CAUSAL, NO_TENSORS, "the call has 1"),
+        ((qkv()[0], *(x[:, :0] for x in qkv()[1:])), CAUSAL, NO_TENSORS, "no keys"),
+    ],
+)
+def test_refuses_the_rest_and_says_why(call, spec, t, says):
+    assert says in refuses_flash_fwd(*call, spec, t)
+
+
+def test_copies_only_what_tma_cannot_address():
+    packed = torch.zeros(2, 128, 3, 8, 64, dtype=torch.bfloat16)
+    assert _readable_by_tma(packed[:, :, 1]).data_ptr() == packed[:, :, 1].data_ptr()  # q out of a merged qkv
+    transposed = torch.zeros(2, 8, 128, 64, dtype=torch.bfloat16).transpose(1, 2)
+    assert _readable_by_tma(transposed) is transposed
+    one_head = torch.zeros(2, 128, 1, 64, dtype=torch.bfloat16).as_strided((2, 128, 1, 64), (8192, 64, 7, 1))
+    assert _readable_by_tma(one_head) is one_head  # the stride of an axis of size 1 says nothing
+    for bad in (
+        torch.zeros(2, 128, 64, 8, dtype=torch.bfloat16).transpose(2, 3),  # last axis not contiguous
+        torch.zeros(2, 1, 8, 64, dtype=torch.bfloat16).expand(2, 128, 8, 64),  # stride 0
+        torch.zeros(2, 128, 8, 68, dtype=torch.bfloat16)[..., :64],  # rows of 136 bytes
+        torch.zeros(2 * 128 * 8 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 128, 8, 64),  # address not on 16 bytes
+    ):
+        copy = _readable_by_tma(bad)
+        assert copy.is_contiguous()
+        assert torch.equal(copy, bad)
+
+
+@pytest.mark.parametrize("row", [0, 64, 128])
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 64), (5, 63), (100, 130), (300, 100)])
+def test_ragged_boxes_end_with_their_sequence(start, length, row):
+    """The address arithmetic of `ragged_rows`: box row j is row start + row + j, inside until the sequence ends."""
+    x = torch.zeros(400, 2, 64, dtype=torch.bfloat16)
+    rows = 64
+    descriptor = _descriptor(x, rows, varlen=True)
+    valid = max(min(length - row, rows), 0)
+    first, second = start + row + valid, rows - valid
+    for j in range(rows):
+        inside = first < descriptor.shape[0] and second + j < descriptor.shape[1]
+        assert inside == (row + j < length)
+        offset = (first * descriptor.strides[0] + (second + j) * descriptor.strides[1]) * x.element_size()
+        if inside:
+            assert descriptor.base.data_ptr() + offset == x[start + row + j].data_ptr()

@@ -124,6 +124,12 @@ def cpu() -> tuple[str, frozenset[str]]:
 
 
 @functools.cache
+def lacks(feature: str) -> bool:
+    """True on an x86 CPU without this extension; what others call otherwise is in their base instructions."""
+    return platform.machine().lower() in ("x86_64", "amd64") and feature not in cpu()[1]
+
+
+@functools.cache
 def _environment() -> str:
     """All that compiled code depends on but its name: sources, compilers, CPU."""
     here = pathlib.Path(__file__).parent

@@ -13,7 +13,7 @@ import functools
 
 import torch
 
-from octavo.kernels.cpu.jit import Kernel, pack
+from octavo.kernels.cpu.jit import Kernel, lacks, pack
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 
 MAX_ROWS = 48  # of an item
@@ -27,6 +27,8 @@ def refuses_paged_attention(
     """Why this kernel cannot take the call, or None."""
     if q.dtype not in _TYPES or k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
         return f"it takes fp32, fp16 and bf16, one dtype for all, not {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
+    if q.dtype == torch.float16 and lacks("f16c"):
+        return "this CPU has no instructions for fp16"
     if q.shape[-1] % 16 or v_cache.shape[-1] % 16 or max(q.shape[-1], v_cache.shape[-1]) > 256:
         return f"it takes head_dims that are multiples of 16 up to 256, not {q.shape[-1]} and {v_cache.shape[-1]}"
     if q.shape[1] // k_cache.shape[2] > MAX_ROWS:

@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
-from octavo.kernels.cpu.jit import HEADER, cpu
+from octavo.kernels.cpu.jit import HEADER, cpu, lacks
 
 LANES = 16
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
@@ -142,6 +142,8 @@ class Code:
         return ir.Constant(vector(dtype, lanes), [value] * lanes)
 
     def fma(self, a, b, c):
+        if lacks("fma"):  # LLVM would call the C library for each lane
+            return self.b.fadd(self.b.fmul(a, b), c)
         return self.call(f"llvm.fma.{_suffix(a.type)}", a.type, a, b, c)
 
     def variable(self, value):
@@ -163,10 +165,22 @@ class Code:
         if dtype == "f32":
             return self.load(address, vector(F32))
         if dtype == "f16":
-            return self.b.fpext(self.load(address, vector(F16)), vector(F32))
+            return self._widen_fp16(address)
         assert dtype == "bf16"
         wide = self.b.zext(self.load(address, vector(I16)), vector(I32))
         return self.b.bitcast(self.b.shl(wide, self.constant(16, I32)), vector(F32))
+
+    def _widen_fp16(self, address):
+        if not lacks("f16c"):
+            return self.b.fpext(self.load(address, vector(F16)), vector(F32))
+        bits = self.b.zext(self.load(address, vector(I16)), vector(I32))
+        sign = self.b.shl(self.b.and_(bits, self.constant(0x8000, I32)), self.constant(16, I32))
+        rest = self.b.shl(self.b.and_(bits, self.constant(0x7FFF, I32)), self.constant(13, I32))
+        finite = self.b.fmul(self.b.bitcast(rest, vector(F32)), self.constant(2.0**112))  # the exponents' biases differ
+        special = self.b.or_(rest, self.constant(0x7F800000, I32))
+        is_special = self.b.icmp_unsigned(">=", rest, self.constant(0x7C00 << 13, I32))
+        magnitude = self.b.select(is_special, special, self.b.bitcast(finite, vector(I32)))
+        return self.b.bitcast(self.b.or_(magnitude, sign), vector(F32))
 
     def exp(self, x):
         """e^x, within 2 ulp; 0 below −87 and clamped at 88."""

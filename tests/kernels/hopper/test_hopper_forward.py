@@ -1,4 +1,4 @@
-"""What only the Hopper forward could get wrong, on a Hopper GPU; `tests/gpu` has the matrix that all GPU kernels pass."""
+"""What only the Hopper forward could get wrong, on such a GPU; `tests/gpu` has the matrix that all GPU kernels pass."""
 
 import pytest
 import torch

@@ -592,6 +592,7 @@ TILES = {
     (256, 256): Tile(2, 64, 2, 240, 168, out_in_q=True),
 }
 MIN_QUERIES = 64  # with fewer rows most of a tile is empty, and splitting the keys matters more
+LONG_KEYS = 1024  # from here on, splitting the keys over an idle half of the GPU should pay (by count, not measured)
 L2_SHARE = 32 << 20  # bytes of keys and values that one section of heads may keep in the 50 MB L2
 _DTYPES = (torch.float16, torch.bfloat16)
 _UNSUPPORTED = ("seqused_q", "seqused_k", "leftpad_k", "block_table", "qv", "alibi_slopes", "attn_bias")
@@ -613,9 +614,12 @@ def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: A
         return f"it takes a positive softmax_scale, not {spec.softmax_scale}"
     if k.numel() == 0:
         return "there are no keys"
-    rows = q.shape[1] if t.cu_seqlens_q is None else t.max_seqlen_q
-    if rows < MIN_QUERIES:
-        return f"its tiles are {MIN_QUERIES} query rows or more, the call has {rows}"
+    batch, len_q, len_k = _sizes(q, k, t)
+    if len_q < MIN_QUERIES:
+        return f"its tiles are {MIN_QUERIES} query rows or more, the call has {len_q}"
+    num_tiles = batch * q.shape[-2] * _num_query_blocks(q, v, len_q)
+    if q.is_cuda and len_k >= LONG_KEYS and 2 * num_tiles < _processors(q.device):
+        return f"its {num_tiles} tiles would leave most of the GPU idle over {len_k} keys, which it does not split"
     return None
 
 
@@ -624,8 +628,7 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: Attention
     varlen = t.cu_seqlens_q is not None
     q, k, v = (_readable_by_tma(x) for x in (q, k, v))
     heads, heads_k = q.shape[-2], k.shape[-2]
-    batch, len_q = (len(t.cu_seqlens_q) - 1, t.max_seqlen_q) if t.cu_seqlens_q is not None else q.shape[:2]
-    len_k = t.max_seqlen_k if varlen else k.shape[1]
+    batch, len_q, len_k = _sizes(q, k, t)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse = torch.empty((heads, q.shape[0]) if varlen else (batch, heads, len_q), dtype=torch.float32, device=q.device)
     if varlen:  # rows that belong to no sequence
@@ -634,7 +637,7 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: Attention
     if out.numel() == 0 or batch == 0:
         return out, lse
     tile = TILES[_width(q.shape[-1]), _width(v.shape[-1])]
-    num_m = math.ceil(len_q / (tile.num_wg * WG_ROWS.value))
+    num_m = _num_query_blocks(q, v, len_q)
     num_tiles = num_m * batch * heads
     programs = min(num_tiles, _processors(q.device))
     uneven = varlen or spec.window_left >= 0 or spec.window_right >= 0
@@ -655,7 +658,7 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: Attention
         num_m,
         heads,
         batch * heads,
-        group * max(1, pairs_in_l2),
+        min(batch * heads, group * max(1, pairs_in_l2)),
         group,
         spec.window_left,
         spec.window_right,
@@ -682,6 +685,18 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: Attention
         enable_fp_fusion=True,
     )
     return out, lse
+
+
+def _sizes(q: Tensor, k: Tensor, t: AttentionTensors) -> tuple[int, int, int]:
+    """Sequences, and the queries and keys of the longest."""
+    if t.cu_seqlens_q is None:
+        return q.shape[0], q.shape[1], k.shape[1]
+    return len(t.cu_seqlens_q) - 1, t.max_seqlen_q, t.max_seqlen_k
+
+
+def _num_query_blocks(q: Tensor, v: Tensor, len_q: int) -> int:
+    rows = TILES[_width(q.shape[-1]), _width(v.shape[-1])].num_wg * WG_ROWS.value
+    return math.ceil(len_q / rows)
 
 
 def _width(head_dim: int) -> int:

@@ -18,6 +18,7 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from octavo.kernels.hopper import flash_fwd  # noqa: E402
+from octavo.kernels.hopper.gluon_compat import FIRST_BARRIER  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block of sm_90 may have
 
@@ -108,6 +109,9 @@ def test_forward_compiles_to_what_the_design_needs(
     assert re.search(r"HGMMA\.64x\d+x16\.F32", text)
     assert not re.search(r"\bHMMA\b", text), "a product left the warpgroup instructions"
     assert re.search(rf"USETMAXREG\.TRY_ALLOC\.CTAPOOL UP\d, {tile.registers:#x}", text)
+
+    barriers = re.findall(r"BAR\.SYNC\.DEFER_BLOCKING (0x\w+), 0x80\b", text)
+    assert {int(barrier, 16) for barrier in barriers} <= set(range(FIRST_BARRIER)), "Triton's barriers reach into ours"
 
     loops = main_loops(compiled.instructions)
     assert len(loops) == (1 + flags["RIGHT"] + flags["LEFT"]) * tile.num_wg

@@ -40,8 +40,8 @@ def assert_right(ours, q, k, v, spec, t=NO_TENSORS):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_maxima_that_keep_outgrowing_their_reference(head_dim):
     """Keys are walked from the last to the first: scores that grow that way move the reference at every block."""
-    q, k, v = randn(1, 192, 2, head_dim), randn(1, 1024, 2, head_dim, seed=1), randn(1, 1024, 2, head_dim, seed=2)
-    q[..., 0], k[..., 0] = 4.0, torch.linspace(200, 0, 1024, device="cuda").bfloat16()[None, :, None]
+    q, k, v = randn(1, 192, 2, head_dim), randn(1, 1000, 2, head_dim, seed=1), randn(1, 1000, 2, head_dim, seed=2)
+    q[..., 0], k[..., 0] = 4.0, torch.linspace(200, 0, 1000, device="cuda").bfloat16()[None, :, None]
     spec = AttentionSpec(1.0 / 8)
     assert_right(forward(q, k, v, spec), q, k, v, spec)
 

@@ -3,8 +3,8 @@
     PYTHONPATH=. python3 benchmarks/experiments/hopper_tiles.py --head-dim 64 2,128,3,240,168,1 2,64,3,240,168
 
 A tile is num_wg,block_n,stages,registers,max_registers[,q_in_registers[,out_in_q]]; the one in use comes first,
-unasked. Each runs in a process of its own that is ended after --limit seconds, since a schedule that does not fit can wait for
-ever. Shapes are those of `benchmarks/attention.py`; the error is against torch's cuDNN kernel on the same tensors.
+unasked. Each runs in a process of its own that is ended after --limit seconds, since a schedule that does not fit can
+wait for ever. Shapes are those of `benchmarks/attention.py`; the error is against torch's cuDNN kernel on the same tensors.
 """
 
 import argparse

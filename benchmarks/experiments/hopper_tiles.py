@@ -4,7 +4,7 @@
 
 A tile is num_wg,block_n,stages,registers,max_registers[,q_in_registers[,out_in_q]]; the one in use comes first,
 unasked. Each runs in a process of its own that is ended after --limit seconds, since a schedule that does not fit can
-wait for ever. Shapes are those of `benchmarks/attention.py`; the error is against torch's cuDNN kernel on the same tensors.
+wait for ever. Shapes are those of `benchmarks/attention.py`; the error is against cuDNN on the same tensors.
 """
 
 import argparse

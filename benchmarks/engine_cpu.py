@@ -163,9 +163,8 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.close()
+        self._process.terminate()
         self._process.wait()
         self._log.close()
 
@@ -277,13 +276,20 @@ def main() -> None:
         return
     model = args.model or default_model()
     names = args.engines.split(",")
-    workers = [Worker(n, sys.executable if n == "octavo" else args.peer_python, model, args.threads) for n in names]
-    print(f"{platform.processor() or platform.machine()}, {args.threads} threads; {os.path.basename(model)}; tokens/s")
-    print("loaded in: " + ", ".join(f"{w.name} {w.load_seconds:.1f} s" for w in workers))
-    print(f"| workload | {' | '.join(names)} | octavo / best peer |\n|{'---|' * (len(names) + 2)}")
-    rates = measure(workers, args.workloads.split(","), args.repeats)
-    for worker in workers:
-        worker.close()
+    workers: list[Worker] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no stopped worker is left behind
+    try:
+        for n in names:
+            workers.append(Worker(n, sys.executable if n == "octavo" else args.peer_python, model, args.threads))
+        print(
+            f"{platform.processor() or platform.machine()}, {args.threads} threads; {os.path.basename(model)}; tokens/s"
+        )
+        print("loaded in: " + ", ".join(f"{w.name} {w.load_seconds:.1f} s" for w in workers))
+        print(f"| workload | {' | '.join(names)} | octavo / best peer |\n|{'---|' * (len(names) + 2)}")
+        rates = measure(workers, args.workloads.split(","), args.repeats)
+    finally:
+        for worker in workers:
+            worker.close()
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"threads": args.threads, "model": os.path.basename(model), "rates": rates}, file, indent=1)

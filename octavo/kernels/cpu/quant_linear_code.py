@@ -19,6 +19,8 @@ from octavo.kernels.cpu.simd import (
     vector,
 )
 
+ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
+
 
 def _emit_quantize(code, x, count, codes, scales, sums, zero_point, has_mins):
     """One row of x, `count` groups: int8 codes, fp32 scales, and the sums as the products need them."""
@@ -26,17 +28,16 @@ def _emit_quantize(code, x, count, codes, scales, sums, zero_point, has_mins):
     with cgutils.for_range(b, count) as loop:
         g = loop.index
         values = [code.load(code.offset(x, (g, 4 * GROUP), 64 * half), vector(F32)) for half in range(2)]
-        largest, total = _largest_and_total(code, values)
-        nan = b.fmul(total, ir.Constant(F32, 0.0))  # one NaN or infinity spoils the group's scale, as it must
-        scale = b.fadd(b.fmul(largest, ir.Constant(F32, 1 / 127)), nan)
+        largest = _largest(code, values)
+        scale = b.fmul(largest, ir.Constant(F32, 1 / 127))
         zero = b.fcmp_ordered("==", largest, ir.Constant(F32, 0.0))
-        inverse = b.select(zero, ir.Constant(F32, 0.0), b.fdiv(ir.Constant(F32, 127.0), largest))
-        total = ir.Constant(I32, 0)
-        for half, value in enumerate(values):
-            scaled = code.call("llvm.rint.v16f32", vector(F32), b.fmul(value, code.splat(inverse)))
-            integers = code.call("llvm.fptosi.sat.v16i32.v16f32", vector(I32), scaled)
-            code.store(b.trunc(integers, vector(I8)), code.offset(codes, (g, GROUP), 16 * half))
-            total = b.add(total, code.reduce("add", integers))
+        inverse = code.splat(b.select(zero, ir.Constant(F32, 0.0), b.fdiv(ir.Constant(F32, 127.0), largest)))
+        # adding 1.5 · 2^23 leaves the nearest integer in the low bits, whatever the value
+        shifted = [b.bitcast(code.fma(value, inverse, code.constant(ROUNDER)), vector(I32)) for value in values]
+        integers = [b.sub(x, code.constant(ROUNDER_BITS, I32)) for x in shifted]
+        for half, x in enumerate(integers):
+            code.store(b.trunc(x, vector(I8)), code.offset(codes, (g, GROUP), 16 * half))
+        total = code.reduce("add", b.add(*integers))
         code.store(scale, code.offset(scales, (g, 4)))
         with_mins = b.bitcast(b.fmul(b.sitofp(total, F32), scale), I32)
         without = b.neg(b.mul(total, b.trunc(zero_point, I32)))
@@ -44,10 +45,11 @@ def _emit_quantize(code, x, count, codes, scales, sums, zero_point, has_mins):
         code.store(b.select(is_float, with_mins, without), code.offset(sums, (g, 4)))
 
 
-def _largest_and_total(code, values):
-    absolute = [code.call("llvm.fabs.v16f32", vector(F32), v) for v in values]
-    largest = code.call("llvm.maxnum.v16f32", vector(F32), *absolute)
-    return code.reduce("max", largest), code.reduce("add", code.b.fadd(*values))
+def _largest(code, values):
+    """The largest magnitude, compared as integers: a NaN is the largest of all there and spoils the scale."""
+    bits = [code.b.and_(code.b.bitcast(v, vector(I32)), code.constant(0x7FFFFFFF, I32)) for v in values]
+    pairs = code.b.select(code.b.icmp_signed(">", *bits), *bits)
+    return code.b.bitcast(code.reduce("smax", pairs), F32)
 
 
 quantize_row = emitted(_emit_quantize)

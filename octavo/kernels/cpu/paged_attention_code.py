@@ -416,6 +416,21 @@ def begin_scratch(p, scratch):
     f32(scratch)[2] = 1 / cap if cap != 0 else 0.0
 
 
+@_jit
+def find_next_item(p, target, sequence, head, key_begin, key_end, queries):
+    """The first tile of the item that is likely to come next, for the prefetch alone; false when there is none."""
+    if head + 1 < int_argument(p, 9):
+        head += 1
+    elif sequence + 1 < int_argument(p, 7):
+        sequence, head = sequence + 1, 0
+        _, _, key_begin, key_end = item_bounds(p, sequence, 0, queries)
+    else:
+        return False
+    if key_end > key_begin:
+        find_keys(p, target, sequence, head, key_begin, min(TILE, key_end - key_begin))
+    return key_end > key_begin
+
+
 def make_run_piece(layout, begin_rows, run_tile):
     addresses_at = layout.addresses
 
@@ -435,6 +450,8 @@ def make_run_piece(layout, begin_rows, run_tile):
             following = addresses
             if after > 0:
                 find_keys(p, upcoming, sequence, head, start + count, after)
+                following = upcoming
+            elif find_next_item(p, upcoming, sequence, head, key_begin, key_end, rows // group):
                 following = upcoming
             at = position - start
             run_tile(scratch, addresses, following, rows, count, capped, group, at, window_left, window_right)

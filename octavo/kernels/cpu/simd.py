@@ -129,7 +129,8 @@ class Code:
         """Asks for `count` bytes that will be read soon."""
         for i in range(0, count, 64):
             pointer = self.b.inttoptr(self.offset(address, i), I8.as_pointer())
-            self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))  # read, keep near, data
+            # for reading, data, into the L2 cache: a tile of keys and values and the next one do not fit the L1
+            self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(2), I32(1))
 
     def splat(self, scalar, lanes=LANES):
         one = self.b.insert_element(ir.Constant(vector(scalar.type, lanes), ir.Undefined), scalar, I32(0))

@@ -98,6 +98,7 @@ def test_kvcache_append_and_attend(page):
     assert torch.equal(results[0][2], results[1][2])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # inductor of torch 2.11 warns
 def test_compiles_without_a_break():
     leaves = qkv()
     compiled = torch.compile(lambda q, k, v: ops.flash_attn_func(q, k, v, causal=True) * 2, fullgraph=True)

@@ -1,4 +1,4 @@
-"""The backward kernels: δ, then dK and dV by tiles of keys, dQ by tiles of queries, and the gradient of an additive bias.
+"""The backward kernels: δ, then dK and dV by tiles of keys, dQ by tiles of queries, and the gradient of a bias.
 
 P is recomputed from the LSE and never stored (Dao et al., "FlashAttention-2", 2023). With dP = dO Vᵀ and
 δ = rowsum(dO ∘ O) − dLSE,
@@ -19,7 +19,8 @@ from octavo.kernels.triton.scores import LOG2E, add_position_terms, dropout_keep
 @triton.jit(do_not_specialize=["seqlen_q", "tiles", "stride_lb", "stride_lh"])
 def delta_kernel(
     out, dout, dlse, delta, cu_seqlens_q, seqused_q, seqlen_q, tiles, heads,
-    stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh, stride_lb, stride_lh, stride_dlb, stride_dlh, stride_dls,
+    stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh, stride_lb, stride_lh,
+    stride_dlb, stride_dlh, stride_dls,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dout ∘ out) − dlse, in the layout of the LSE."""
@@ -80,11 +81,11 @@ def probabilities(
 
 @triton.jit(
     do_not_specialize=[
-        "seqlen_q", "seqlen_k", "max_seqlen_q", "max_seqlen_k", "dropout_seed", "n_tiles", "window_left", "window_right",
-        "stride_lb", "stride_lh",
+        "seqlen_q", "seqlen_k", "max_seqlen_q", "max_seqlen_k", "dropout_seed", "n_tiles", "window_left",
+        "window_right", "stride_lb", "stride_lh",
     ]
 )  # fmt: skip
-def dkdv_kernel(
+def dkdv_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
     q, k, v, qv, dout, lse, delta, q_descriptor, g_descriptor, dk, dv,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, alibi_slopes, bias,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -122,7 +123,7 @@ def dkdv_kernel(
         v + b64 * stride_vb + key_row * stride_vs + head_k * stride_vh, dvs, key_used, HEAD_DIM_V, BLOCK_DV, True
     )
 
-    # rows that see some key of the tile, and between them those that see every key; padding keys are dropped at the store
+    # rows that see some key of the tile, and between them those that see all; padding keys are dropped at the store
     shift = length_k - length_q
     first = 0
     end = length_q
@@ -183,8 +184,9 @@ def dkdv_kernel(
                         s = tl.dot(v_tile, tl.trans(qv_tile), s, input_precision="ieee")
                     in_range = row_used[None, :] & key_used[:, None]
                     p, slack = probabilities(
-                        s, row_lse[None, :], i[None, :], j[:, None], in_range, leftpad, length_k, shift, window_left, window_right,
-                        softmax_scale, softcap, slope, bias_rows, stride_bias_q, stride_bias_k, phase != 1,
+                        s, row_lse[None, :], i[None, :], j[:, None], in_range, leftpad, length_k, shift,
+                        window_left, window_right, softmax_scale, softcap, slope, bias_rows, stride_bias_q,
+                        stride_bias_k, phase != 1,
                     )  # fmt: skip
                     if phase == 1 and g_descriptor is not None:
                         g_tile = g_descriptor.load([first_row + m, h * stride_gh])
@@ -215,11 +217,11 @@ def dkdv_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "seqlen_q", "seqlen_k", "max_seqlen_q", "max_seqlen_k", "dropout_seed", "m_tiles", "window_left", "window_right",
-        "stride_lb", "stride_lh",
+        "seqlen_q", "seqlen_k", "max_seqlen_q", "max_seqlen_k", "dropout_seed", "m_tiles", "window_left",
+        "window_right", "stride_lb", "stride_lh",
     ]
 )  # fmt: skip
-def dq_kernel(
+def dq_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
     q, k, v, qv, dout, lse, delta, k_descriptor, v_descriptor, dq, dqv,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, alibi_slopes, bias,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -333,7 +335,7 @@ def dq_kernel(
         "window_left", "window_right", "stride_lb", "stride_lh",
     ]
 )  # fmt: skip
-def dbias_kernel(
+def dbias_kernel(  # noqa: PLR0915 (a kernel is one function)
     q, k, v, qv, dout, lse, delta, dbias,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, alibi_slopes, bias,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -345,7 +347,7 @@ def dbias_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dbias (contiguous, the bias's own shape): dS summed over the axes along which the bias is broadcast."""
+    """One tile of dbias (contiguous, the bias's own shape): dS summed over the axes that broadcast the bias."""
     pid = tl.program_id(0)
     bias_n_tiles = 1 if SUM_K else n_tiles
     bias_m_tiles = 1 if SUM_Q else m_tiles
@@ -398,8 +400,8 @@ def dbias_kernel(
                     in_range = row_used[:, None] & key_used[None, :]
                     p, _ = probabilities(
                         s, row_lse[:, None], i[:, None], j[None, :], in_range, leftpad, length_k, shift,
-                        window_left, window_right, softmax_scale, softcap, slope, bias_rows, stride_bias_q, stride_bias_k,
-                        True,
+                        window_left, window_right, softmax_scale, softcap, slope, bias_rows, stride_bias_q,
+                        stride_bias_k, True,
                     )  # fmt: skip
                     dp = tl.dot(g_tile, tl.trans(v_tile), input_precision="ieee")
                     if dropout_p is not None:

@@ -62,13 +62,15 @@ def _launch(x: Tensor, y: Tensor | None, x_cache: Tensor, y_cache: Tensor | None
     if x.shape[0] == 0:
         return
     tokens, heads, width = x.shape
-    x, y = (z if z is None or z.stride(-1) == 1 else z.contiguous() for z in (x, y))
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    if y is not None and y.stride(-1) != 1:
+        y = y.contiguous()
     width_y = width if y is None else y.shape[2]
     block_d = triton.next_power_of_2(max(width, width_y))
+    block_h = min(triton.next_power_of_2(heads), max(1, 2048 // block_d))
     store_kernel[(tokens,)](
         x, y, x_cache, y_cache, slot_mapping.contiguous(), x_cache.shape[1], heads,
         *x.stride()[:2], *((0, 0) if y is None else y.stride()[:2]),
         *x_cache.stride()[:3], *((0, 0, 0) if y_cache is None else y_cache.stride()[:3]),
-        WIDTH=width, WIDTH_Y=width_y, BLOCK_H=min(triton.next_power_of_2(heads), max(1, 2048 // block_d)), BLOCK_D=block_d,
-        num_warps=4,
+        WIDTH=width, WIDTH_Y=width_y, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip

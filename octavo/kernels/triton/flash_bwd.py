@@ -138,9 +138,9 @@ def _prepare(
 
 
 def _launch_delta(call: _Call, out: Tensor, dout: Tensor, dlse: Tensor | None, t: AttentionTensors) -> None:
-    lse, delta = call.inputs[-2:]
+    delta = call.inputs[-1]
     lse_strides = call.strides[-2:]
-    dlse_strides = (0, 0, 0)
+    dlse_strides: tuple[int, ...] = (0, 0, 0)
     if dlse is not None:
         dlse_strides = (0, *dlse.stride()) if call.packed_q else dlse.stride()
     block_m = 32

@@ -24,7 +24,8 @@ def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: A
     if q.dtype not in _DTYPES:
         return f"it takes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] > MAX_HEAD_DIM or v.shape[-1] > MAX_HEAD_DIM_V:
-        return f"it takes head_dim up to {MAX_HEAD_DIM} and up to {MAX_HEAD_DIM_V} for v, not {q.shape[-1]} and {v.shape[-1]}"
+        limits = f"up to {MAX_HEAD_DIM}, and up to {MAX_HEAD_DIM_V} for v"
+        return f"it takes head_dim {limits}, not {q.shape[-1]} and {v.shape[-1]}"
     if q.shape[-1] % 8 or v.shape[-1] % 8:
         return f"it takes head_dim in multiples of 8, not {q.shape[-1]} and {v.shape[-1]}"
     if spec.softmax_scale <= 0:
@@ -62,7 +63,7 @@ def contiguous_rows(x: Tensor) -> Tensor:
 
 
 def sequence_strides(x: Tensor | None, packed: bool) -> tuple[int, int, int]:
-    """(batch, row, head) strides; a packed tensor (T, H, D) has no batch axis. Of a paged cache: (block, slot, head)."""
+    """(batch, row, head) strides; a packed tensor (T, H, D) has no batch axis. A paged cache: (block, slot, head)."""
     if x is None:
         return 0, 0, 0
     return (0, x.stride(0), x.stride(1)) if packed else (x.stride(0), x.stride(1), x.stride(2))
@@ -100,8 +101,8 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """Run the forward kernel, over splits of the keys where that fills the GPU; `num_splits` 0 lets the shapes decide.
 
-    With `v_is_k` the value is the first part of the key (an MLA latent), and `v` a view of it. Grid and memory depend on
-    shapes alone: nothing here waits for the GPU.
+    With `v_is_k` the value is the first part of the key (an MLA latent), and `v` a view of it. Grid and memory depend
+    on shapes alone: nothing here waits for the GPU.
     """
     q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
     packed_q, packed_k, paged = t.cu_seqlens_q is not None, t.cu_seqlens_k is not None, t.block_table is not None
@@ -170,7 +171,7 @@ def launch_forward(
 def split_slots(
     batch: int, programs: int, max_k: int, num_splits: int, paged: bool, tile: Tile, processors: int
 ) -> tuple[int, int]:
-    """(slots of the grid, slots to aim at); 0 slots for one program a sequence. `programs` are those of one sequence."""
+    """(slots of the grid, slots to aim at); 0 slots: one program a sequence. `programs` are those of one sequence."""
     if num_splits:
         return (batch * num_splits, 1) if num_splits > 1 else (0, 0)
     key_tiles = triton.cdiv(max_k, tile.block_n)

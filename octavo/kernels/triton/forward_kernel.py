@@ -58,7 +58,7 @@ def key_offsets(
 
 @triton.jit
 def key_range(i_first, i_last, leftpad, length_k, shift, window_left, window_right, BLOCK_N: tl.constexpr):
-    """(first, end) keys that rows i_first … i_last can see, and (full, full_end), tile-aligned, those that all of them do."""
+    """(first, end) keys that rows i_first … i_last can see; (full, full_end), tile-aligned, those that all do."""
     first = leftpad
     full = leftpad
     end = length_k
@@ -81,7 +81,7 @@ def key_range(i_first, i_last, leftpad, length_k, shift, window_left, window_rig
         "split_max_keys", "num_splits", "window_left", "window_right", "stride_lh", "stride_lb",
     ]
 )  # fmt: skip
-def forward_kernel(
+def forward_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
     q, k, v, qv, out, lse, k_descriptor, v_descriptor,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k, block_table,
     alibi_slopes, sink, bias,
@@ -257,7 +257,7 @@ def forward_kernel(
     row_lse = (m + tl.log2(l)) * LN2
     result = acc / l[:, None]
     dv_used = (dv < HEAD_DIM_V)[None, :]
-    if SPLIT:
+    if SPLIT:  # noqa: SIM102 (`splits` exists only then)
         if splits > 1:
             rows = max_seqlen_q * GROUP_ROWS
             index = ((first_slot + split).to(tl.int64) * heads + head) * rows + r

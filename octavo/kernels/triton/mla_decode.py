@@ -1,4 +1,4 @@
-"""Absorbed latent attention (MLA): all heads share one key, the latent, whose first part is also the value: read once."""
+"""Absorbed latent attention (MLA): all heads share one key, the latent; its first part is the value: read once."""
 
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 from octavo.kernels.triton.flash_fwd import launch_forward, refuses_flash_fwd
@@ -15,7 +15,7 @@ def refuses_mla_decode(
 def mla_decode(
     q: Tensor, kv_cache: Tensor, head_dim_v: int, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """q (T, Hq, R + rope) or (B, Sq, Hq, R + rope), kv_cache (num_blocks, block_size, R + rope) → out (…, Hq, head_dim_v)."""
+    """q (T, Hq, R + rope) or (B, Sq, …), kv_cache (num_blocks, block_size, R + rope) → out (…, Hq, head_dim_v), LSE."""
     assert t.block_table is not None
     assert t.seqused_k is not None
     keys = kv_cache[:, :, None, :]

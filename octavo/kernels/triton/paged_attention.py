@@ -1,4 +1,4 @@
-"""Attention over a paged cache, from one query a sequence to whole prompts: the forward kernel with packed heads and splits."""
+"""Attention over a paged cache, one query a sequence or whole prompts: the forward kernel, heads packed, keys split."""
 
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 from octavo.kernels.triton.flash_fwd import launch_forward, refuses_flash_fwd

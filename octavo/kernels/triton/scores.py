@@ -1,7 +1,7 @@
-"""The score of a query and a key, its mask and its dropout, as one piece of code that forward and backward kernels share.
+"""The score of a query and a key, its mask and its dropout: one piece of code for forward and backward kernels.
 
-Every function takes the query index `i` and the key index `j` already shaped to broadcast, so that a kernel may hold its
-tile either way round. An option that is off is `None`, which Triton treats as a constant: its branch is not compiled.
+Every function takes the query index `i` and the key index `j` already shaped to broadcast, so that a kernel may hold
+its tile either way round. An option that is off is `None`, a constant to Triton: its branch is not compiled.
 """
 
 import triton
@@ -45,7 +45,7 @@ def visible(i, j, first_key, end_key, shift, window_left, window_right):
 
 @triton.jit
 def dropout_keep(seed, dropout_p, batch_head, i, j, max_seqlen_q, max_seqlen_k):
-    """Which probabilities stay: Philox-4x32-10 at the 64-bit offset of (batch · Hq + head, i, j), its words as c0 and c1."""
+    """Which probabilities stay: Philox-4x32-10 at the 64-bit offset of (batch · Hq + head, i, j), in words c0, c1."""
     row = batch_head.to(tl.int64) * max_seqlen_q + i
     offset = row * max_seqlen_k + j
     low = (offset & 0xFFFFFFFF).to(tl.uint32)

@@ -1,9 +1,9 @@
 """How one step's keys are divided among programs when there are fewer queries than processors, and put together again.
 
-Every sequence is cut into splits of about equal length, as many in all as fill the GPU a few times. Each program computes
-the plan from the lengths on the device, so the grid depends on shapes only and a CUDA graph can replay it for other
-lengths. Each split leaves an output and an LSE; `combine_kernel` weighs them by exp(LSE_split − LSE). This is split-KV
-(Dao et al., "Flash-Decoding", 2023) with work dealt by bytes instead of a fixed count per sequence.
+Every sequence is cut into splits of about equal length, as many in all as fill the GPU a few times. Each program
+computes the plan from the lengths on the device, so the grid depends on shapes only and a CUDA graph can replay it for
+other lengths. Each split leaves an output and an LSE; `combine_kernel` weighs them by exp(LSE_split − LSE). This is
+split-KV (Dao et al., "Flash-Decoding", 2023) with work dealt by bytes instead of a fixed count per sequence.
 """
 
 import triton
@@ -72,7 +72,7 @@ def combine_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """One row of packed queries: Σ exp(LSE_s − LSE) · out_s over its sequence's splits. Rows with one split are done."""
+    """One row of packed queries: Σ exp(LSE_s − LSE) · out_s over its sequence's splits; with one split it is done."""
     pid = tl.program_id(0)
     r = pid % rows
     head = (pid // rows) % num_tiles_heads

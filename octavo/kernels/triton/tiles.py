@@ -1,7 +1,7 @@
 """Tile shapes, warps and pipeline stages: constants per head size, each with the measurement that chose it.
 
-There is no autotuning: a first call compiles one kernel. Shared memory decides what fits: 227 KiB a block on sm_90, 163 on
-sm_80, 99 on sm_86 and sm_89.
+There is no autotuning: a first call compiles one kernel. Shared memory decides what fits: 227 KiB a block on sm_90,
+163 on sm_80, 99 on sm_86 and sm_89.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class Tile(NamedTuple):
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """(main, tail) powers of two that cover head_dim: (192 → 128, 64), (96 → 64, 32), (128 → 128, 0), (120 → 128, 0)."""
+    """(main, tail) powers of two that cover head_dim: 192 → (128, 64), 96 → (64, 32), 128 and 120 → (128, 0)."""
     block = max(16, 1 << (head_dim - 1).bit_length())
     main = block // 2
     if head_dim == block or main < 32:
@@ -30,14 +30,17 @@ def forward_tile(width: int, width_v: int, element_size: int, hopper: bool, more
     `more_inputs`: a bias or qv takes its share of shared memory.
 
     TFLOP/s of the candidates on an H100, S = 16k, full / causal (2026-11-24, Triton 3.6):
-    64: 128×64×4 warps 449/429, 128×128×8 370/369, 64×64×4 401/445. 128: 128×128×8 with 3 stages 528/535, with 2 454/447,
-    128×64×8 507/511, 128×64×4 543/500, 64×64×4 516/421. 256: 128×64×8 573/558, 128×32×8 484/491, 64×64×4 397/419.
+    64: 128×64×4 warps 449/429, 128×128×8 370/369, 64×64×4 401/445. 128: 128×128×8 with 3 stages 528/535, with 2
+    454/447, 128×64×8 507/511, 128×64×4 543/500, 64×64×4 516/421.
+    256: 128×64×8 573/558, 128×32×8 484/491, 64×64×4 397/419.
     """
     widest = max(width, width_v)
     if element_size == 4:
         return Tile(32, 32, 4, 1) if widest > 128 else Tile(64, 32, 4, 1)
     if widest > 256:
         return Tile(64, 32, 8, 2) if hopper else Tile(32, 16, 4, 1)
+    if more_inputs and not hopper:
+        return Tile(32, 32, 4, 1) if widest > 128 else Tile(64, 32, 4, 1)
     if widest > 128:
         return Tile(128, 64, 8, 2) if hopper and not more_inputs else Tile(64, 32, 4, 2)
     if widest > 64:
@@ -57,13 +60,13 @@ def packed_tile(rows: int, width: int, width_v: int, element_size: int, hopper: 
     if element_size == 4:
         return Tile(min(block_m, 32), 32, 4, 1)
     if widest > 256:
-        return Tile(min(block_m, 64), 32, 8 if block_m > 16 else 4, 2) if hopper else Tile(min(block_m, 16), 16, 4, 1)
+        return Tile(min(block_m, 64), 32, 8 if block_m > 16 else 4, 2) if hopper else Tile(min(block_m, 16), 16, 4, 3)
     if widest > 128:
-        return Tile(block_m, 64 if hopper else 32, 8 if block_m > 32 else 4, 2)
+        return Tile(block_m, 64 if hopper else 32, 8 if block_m > 32 else 4, 2 if hopper else 3)
     if block_m > 64:
-        return Tile(128, 64, 8, 3 if hopper else 2)
+        return Tile(128, 64, 8, 3)
     one_page = page_size % 64 == 0
-    return Tile(block_m, 64 if one_page or not hopper else 128, 4, 3 if hopper else 2)
+    return Tile(block_m, 64 if one_page or not hopper else 128, 4, 3)
 
 
 class BackwardTiles(NamedTuple):

@@ -107,7 +107,13 @@ def test_each_option(option, dtype):
     assert_forward_and_gradients(*dense(dtype), spec, t, dlse=True)
 
 
-PAIRS = [p for p in itertools.combinations(list(OPTIONS)[1:], 2) if not {"causal", "window", "causal window"} >= set(p)]
+WINDOWS = {"causal", "window", "causal window"}
+PAIRS = [
+    pair
+    for pair in itertools.combinations(list(OPTIONS)[1:], 2)
+    # one window at a time; the interpreter's Philox is slow, so dropout meets three others here and all in the next test
+    if not set(pair) <= WINDOWS and ("dropout" not in pair or set(pair) & {"causal", "sink", "bias"})
+]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)

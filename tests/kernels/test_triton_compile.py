@@ -1,0 +1,154 @@
+"""The main kernels compiled for sm_90 and sm_80 without a GPU: tensor-core instructions, spills, shared memory.
+
+Launches are captured instead of run, so what is compiled is what the launch code asks for.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from octavo.kernels.spec import AttentionSpec, AttentionTensors  # noqa: E402
+from octavo.kernels.triton import flash_bwd, flash_fwd, mla_decode  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),  # Triton 3.9 announces a default of 3.10
+]
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+SHARED_LIMIT = {90: 227 * 1024, 80: 99 * 1024}  # of sm_86 and sm_89, which share sm_80's tiles
+SM90 = 90
+
+
+class Launches:
+    """Stands in for kernels: `kernel[grid](…)` is noted, not run."""
+
+    def __init__(self, monkeypatch, capability):
+        self.calls = []
+        for module, names in (
+            (flash_fwd, ("forward_kernel", "combine_kernel")),
+            (flash_bwd, ("delta_kernel", "dkdv_kernel", "dq_kernel", "dbias_kernel")),
+        ):
+            monkeypatch.setattr(module, "is_hopper", lambda _: capability == SM90)
+            for name in names:
+                monkeypatch.setattr(module, name, self._noting(getattr(module, name)))
+
+    def _noting(self, kernel):
+        calls = self.calls
+
+        class Noting:
+            def __getitem__(self, grid):
+                return lambda *args, **kwargs: calls.append((kernel, args, kwargs))
+
+        return Noting()
+
+
+def signature_entry(parameter, value):
+    """The type of an argument as Triton's own launcher would specialise it, and whether 16 divides it."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype], True
+    if type(value).__name__ == "TensorDescriptor":
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>".replace(" ", ""), False
+    if isinstance(value, float):
+        return "fp32", False
+    wide = abs(value) >= 2**31
+    return ("i64" if wide else "i32"), value % 16 == 0 and not parameter.do_not_specialize
+
+
+def compile_launch(launch, capability):
+    kernel, args, kwargs = launch
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name], aligned = signature_entry(parameter, value)
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def inspect(compiled, path: Path):
+    """(disassembly, bytes of stack a thread) of a compiled kernel."""
+    path.write_bytes(compiled.asm["cubin"])
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    usage, sass = (
+        subprocess.run([cuobjdump, flag, str(path)], capture_output=True, text=True, check=True).stdout
+        for flag in ("-res-usage", "-sass")
+    )
+    return sass, int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "causal", "spilling"),
+    # measured with these few spills and still the fastest tile of its shape: see tiles.py
+    [(64, False, ()), (64, True, ()), (128, True, ("dkdv_kernel",)), (256, False, ("dkdv_kernel",))],
+)
+def test_main_tiles_use_the_tensor_cores_of_sm90_without_spills(monkeypatch, tmp_path, head_dim, causal, spilling):
+    launches = Launches(monkeypatch, SM90)
+    x, spec, t = tensor(1, 4096, 4, head_dim), AttentionSpec(0.1, window_right=0 if causal else -1), AttentionTensors()
+    flash_fwd.flash_fwd(x, x, x, spec, t)
+    flash_bwd.flash_bwd(x, x, x, x, x, tensor(1, 4, 4096, dtype=torch.float32), spec, t)
+    seen = set()
+    for launch in launches.calls:
+        name = launch[0].__name__
+        if name == "delta_kernel":
+            continue
+        compiled = compile_launch(launch, SM90)
+        sass, stack = inspect(compiled, tmp_path / "kernel.cubin")
+        assert "HGMMA" in sass, name
+        assert "UTMALDG" in sass, f"{name} does not load by TMA"
+        assert stack == 0 or name in spilling, f"{name} spills {stack} bytes"
+        assert compiled.metadata.shared <= SHARED_LIMIT[SM90], name
+        seen.add(name)
+    assert seen == {"forward_kernel", "dkdv_kernel", "dq_kernel"}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_decode_pipelines_its_loads_and_fits(monkeypatch, tmp_path, capability):
+    launches = Launches(monkeypatch, capability)
+    table, lengths = torch.zeros(64, 256, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    t = AttentionTensors(max_seqlen_q=1, max_seqlen_k=4096, block_table=table, seqused_k=lengths)
+    spec = AttentionSpec(0.1, window_right=0)
+    cache = tensor(100, 16, 8, 128)
+    flash_fwd.launch_forward(tensor(64, 1, 32, 128), cache, cache, spec, t)
+    mla_decode.mla_decode(tensor(64, 1, 16, 576), tensor(100, 64, 576), 512, spec, t)
+    kernels = [launch for launch in launches.calls if launch[0].__name__ == "forward_kernel"]
+    assert len(kernels) == 2
+    for launch in kernels:
+        compiled = compile_launch(launch, capability)
+        sass, stack = inspect(compiled, tmp_path / "kernel.cubin")
+        assert "LDGSTS" in sass  # asynchronous copies
+        assert "HMMA" in sass
+        assert stack == 0
+        assert compiled.metadata.shared <= SHARED_LIMIT[capability]
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_every_input_at_once_fits_the_smallest_shared_memory(monkeypatch, head_dim):
+    launches = Launches(monkeypatch, 80)
+    x = tensor(1, 512, 4, head_dim)
+    t = AttentionTensors(qv=x, attn_bias=tensor(1, 4, 512, 512, dtype=torch.float32))
+    spec = AttentionSpec(0.1, window_right=0)
+    flash_fwd.flash_fwd(x, x, x, spec, t)
+    flash_bwd.flash_bwd(x, x, x, x, x, tensor(1, 4, 512, dtype=torch.float32), spec, t)
+    for launch in launches.calls:
+        assert compile_launch(launch, 80).metadata.shared <= SHARED_LIMIT[80], launch[0].__name__

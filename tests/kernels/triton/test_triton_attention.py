@@ -111,7 +111,7 @@ WINDOWS = {"causal", "window", "causal window"}
 PAIRS = [
     pair
     for pair in itertools.combinations(list(OPTIONS)[1:], 2)
-    # one window at a time; the interpreter's Philox is slow, so dropout meets three others here and all in the next test
+    # one window at a time; the interpreter's Philox is slow: dropout meets three others here, and all in the next test
     if not set(pair) <= WINDOWS and ("dropout" not in pair or set(pair) & {"causal", "sink", "bias"})
 ]
 

@@ -142,13 +142,13 @@ def test_decode_pipelines_its_loads_and_fits(monkeypatch, tmp_path, capability):
         assert compiled.metadata.shared <= SHARED_LIMIT[capability]
 
 
-@pytest.mark.parametrize("head_dim", [128, 256])
-def test_every_input_at_once_fits_the_smallest_shared_memory(monkeypatch, head_dim):
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(128, 128), (256, 256), (64, 512)])
+def test_every_input_at_once_fits_the_smallest_shared_memory(monkeypatch, head_dim, head_dim_v):
     launches = Launches(monkeypatch, 80)
-    x = tensor(1, 512, 4, head_dim)
-    t = AttentionTensors(qv=x, attn_bias=tensor(1, 4, 512, 512, dtype=torch.float32))
+    x, v = tensor(1, 512, 4, head_dim), tensor(1, 512, 4, head_dim_v)
+    t = AttentionTensors(qv=v, attn_bias=tensor(1, 4, 512, 512, dtype=torch.float32))
     spec = AttentionSpec(0.1, window_right=0)
-    flash_fwd.flash_fwd(x, x, x, spec, t)
-    flash_bwd.flash_bwd(x, x, x, x, x, tensor(1, 4, 512, dtype=torch.float32), spec, t)
+    flash_fwd.flash_fwd(x, x, v, spec, t)
+    flash_bwd.flash_bwd(v, x, x, v, v, tensor(1, 4, 512, dtype=torch.float32), spec, t)
     for launch in launches.calls:
         assert compile_launch(launch, 80).metadata.shared <= SHARED_LIMIT[80], launch[0].__name__

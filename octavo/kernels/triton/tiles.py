@@ -89,8 +89,9 @@ def backward_tiles(
     if element_size == 4:
         rows = 32 if widest <= 128 else 16
         return BackwardTiles(Tile(rows, rows, 4, 1), Tile(rows, rows, 4, 1))
-    if widest > 256 or (widest > 128 and not hopper):
-        return BackwardTiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+    if widest > 128 and (widest > 256 or not hopper):
+        rows = 16 if widest > 256 and not hopper else 32
+        return BackwardTiles(Tile(rows, rows, 4, 1), Tile(rows, rows, 4, 1))
     if more_inputs:
         return BackwardTiles(Tile(32, 64, 4, 1), Tile(64, 32, 4, 1))
     if widest > 128:

@@ -9,6 +9,7 @@ from octavo.nn.cache import LayerCache, LayerKVCache, LayerLatentCache, PagedRow
 from octavo.nn.linear import Linear
 from octavo.nn.mla import MultiHeadLatentAttention
 from octavo.nn.mlp import MLP, GatedMLP
+from octavo.nn.moe import ExpertLinear, Experts, MixtureOfExperts, Router
 from octavo.nn.norm import LayerNorm, RMSNorm
 from octavo.nn.residual import BranchNorm, PostNorm, PreNorm, Residual, ScaledResidual, wire
 from octavo.nn.rotary import RotaryEmbedding, Rotation, apply_rotary
@@ -16,12 +17,15 @@ from octavo.nn.rotary import RotaryEmbedding, Rotation, apply_rotary
 __all__ = [
     "MLP",
     "BranchNorm",
+    "ExpertLinear",
+    "Experts",
     "GatedMLP",
     "LayerCache",
     "LayerKVCache",
     "LayerLatentCache",
     "LayerNorm",
     "Linear",
+    "MixtureOfExperts",
     "MultiHeadAttention",
     "MultiHeadLatentAttention",
     "PagedRows",
@@ -31,6 +35,7 @@ __all__ = [
     "Residual",
     "RotaryEmbedding",
     "Rotation",
+    "Router",
     "ScaledResidual",
     "TransformerBlock",
     "apply_rotary",

@@ -12,9 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.models.config import ModelConfig
+from octavo.models.config import ModelConfig, MoEConfig
 from octavo.models.fused import fuse
-from octavo.nn import GatedMLP, LayerKVCache, Linear, MultiHeadAttention, RMSNorm, RotaryEmbedding, Rotation
+from octavo.nn import (
+    Experts,
+    GatedMLP,
+    LayerCache,
+    LayerKVCache,
+    Linear,
+    MixtureOfExperts,
+    MultiHeadAttention,
+    MultiHeadLatentAttention,
+    RMSNorm,
+    RotaryEmbedding,
+    Rotation,
+    Router,
+)
 from octavo.ops.decoder import DecoderStack
 from octavo.ops.dispatch import forced_backend
 from octavo.ops.linear import QuantizedWeight
@@ -60,13 +73,19 @@ class FactoredRotaryEmbedding(RotaryEmbedding):
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer: x + attn(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, attn: MultiHeadAttention, mlp: GatedMLP, attn_norm: RMSNorm, mlp_norm: RMSNorm) -> None:
+    def __init__(
+        self,
+        attn: MultiHeadAttention | MultiHeadLatentAttention,
+        mlp: GatedMLP | MixtureOfExperts,
+        attn_norm: RMSNorm,
+        mlp_norm: RMSNorm,
+    ) -> None:
         super().__init__()
         self.attn_norm, self.attn = attn_norm, attn
         self.mlp_norm, self.mlp = mlp_norm, mlp
 
     def forward(
-        self, x: Tensor, rotation: Rotation, kv_cache: LayerKVCache | None, metadata: AttentionMetadata | None
+        self, x: Tensor, rotation: Rotation, kv_cache: LayerCache | None, metadata: AttentionMetadata | None
     ) -> Tensor:
         x = x + self.attn(self.attn_norm(x), None, kv_cache, metadata, rotation=rotation)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
@@ -106,9 +125,12 @@ class CausalLM(nn.Module):
         return RMSNorm(dim, self.config.rms_norm_eps, device=self._device, dtype=self._dtype)
 
     def make_layer(self, index: int) -> DecoderLayer:
-        config, device, dtype = self.config, self._device, self._dtype
-        window = config.layer_windows[index]
-        attn = MultiHeadAttention(
+        d = self.config.hidden_size
+        return DecoderLayer(self.make_attention(index), self.make_mlp(index), self.make_norm(d), self.make_norm(d))
+
+    def make_attention(self, index: int) -> MultiHeadAttention | MultiHeadLatentAttention:
+        config, window = self.config, self.config.layer_windows[index]
+        return MultiHeadAttention(
             config.hidden_size,
             config.num_heads,
             config.num_kv_heads,
@@ -120,12 +142,22 @@ class CausalLM(nn.Module):
             bias=config.qkv_bias,
             out_bias=config.o_bias,
             softmax_scale=config.softmax_scale,
-            device=device,
-            dtype=dtype,
+            device=self._device,
+            dtype=self._dtype,
         )
-        d = config.hidden_size
-        mlp = GatedMLP(d, config.intermediate_size, config.hidden_act, bias=config.mlp_bias, device=device, dtype=dtype)
-        return DecoderLayer(attn, mlp, self.make_norm(d), self.make_norm(d))
+
+    def make_mlp(self, index: int) -> GatedMLP | MixtureOfExperts:
+        config, moe = self.config, self.config.moe
+        if moe is not None and moe.layers[index]:
+            return _mixture(config, moe, self._device, self._dtype)
+        return GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            bias=config.mlp_bias,
+            device=self._device,
+            dtype=self._dtype,
+        )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         embedded: Tensor = self.embed_tokens(token_ids)
@@ -137,7 +169,7 @@ class CausalLM(nn.Module):
         self,
         token_ids: Tensor,
         positions: Tensor | None = None,
-        kv_caches: Sequence[LayerKVCache] | None = None,
+        kv_caches: Sequence[LayerCache] | None = None,
         metadata: AttentionMetadata | None = None,
     ) -> Tensor:
         """Hidden states after the last norm.
@@ -152,7 +184,7 @@ class CausalLM(nn.Module):
         rotation = self.rope(positions, metadata)
         stack = self._stack_for(kv_caches)
         if stack is not None and kv_caches is not None and metadata is not None:
-            pages = [(cache.k, cache.v) for cache in kv_caches]
+            pages = [(cache.k, cache.v) for cache in kv_caches if isinstance(cache, LayerKVCache)]
             return stack(self.embed(token_ids), rotation.cos, rotation.sin, pages, metadata)
         caches = [None] * len(self.layers) if kv_caches is None else kv_caches
         local_rotation = rotation if self.local_rope is self.rope else self.local_rope(positions, metadata)
@@ -167,7 +199,7 @@ class CausalLM(nn.Module):
         """All layers as one call, where they fit; made when first needed, with the weights of that moment."""
         return fuse(self)
 
-    def _stack_for(self, kv_caches: Sequence[LayerKVCache] | None) -> DecoderStack | None:
+    def _stack_for(self, kv_caches: Sequence[LayerCache] | None) -> DecoderStack | None:
         """The stack, when it can run over these caches and no other backend is forced."""
         if not kv_caches or forced_backend() not in (None, "cpu"):
             return None
@@ -191,11 +223,39 @@ class CausalLM(nn.Module):
 
 
 def _make_rope(config: ModelConfig, scaling: Mapping[str, Any]) -> RotaryEmbedding:
-    rotary_dim = int(config.head_dim * scaling.get("partial_rotary_factor", 1.0))
+    turned = config.head_dim if config.mla is None else config.mla.rope_head_dim
+    rotary_dim = int(turned * scaling.get("partial_rotary_factor", 1.0))
     rope_class = RotaryEmbedding if config.rope_freq_factors is None else FactoredRotaryEmbedding
     rope = rope_class(
-        rotary_dim, scaling["rope_theta"], scaling=scaling, max_position_embeddings=config.max_position_embeddings
+        rotary_dim,
+        scaling["rope_theta"],
+        scaling=scaling,
+        max_position_embeddings=config.max_position_embeddings,
+        interleaved=config.rope_interleaved,
     )
     if isinstance(rope, FactoredRotaryEmbedding):
         rope.factors = config.rope_freq_factors or ()
     return rope
+
+
+def _mixture(
+    config: ModelConfig, moe: MoEConfig, device: torch.device | str | None, dtype: torch.dtype | None
+) -> MixtureOfExperts:
+    d, act = config.hidden_size, config.hidden_act
+    router = Router(
+        d,
+        moe.num_experts,
+        moe.top_k,
+        scoring=moe.scoring,
+        correction_bias=moe.correction_bias,
+        num_groups=moe.num_groups,
+        topk_groups=moe.topk_groups,
+        norm_topk_prob=moe.norm_topk_prob,
+        routed_scaling_factor=moe.routed_scaling_factor,
+        device=device,
+        dtype=dtype,
+    )
+    shared = GatedMLP(d, moe.shared_dim, act, device=device, dtype=dtype) if moe.shared_dim else None
+    return MixtureOfExperts(
+        router, Experts(moe.num_experts, d, moe.expert_dim, act, device=device, dtype=dtype), shared
+    )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 MAX_LAYERS = 4096
 _SIZES = {  # the most that is believed: a lie in a config must not cost memory before the weights contradict it
@@ -31,6 +31,63 @@ class _DType(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention: what `MultiHeadLatentAttention` is built with."""
+
+    q_rank: int | None  # None: queries are not compressed
+    kv_rank: int
+    nope_head_dim: int
+    rope_head_dim: int
+    v_head_dim: int
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in self.__slots__}
+        _check_sizes({**given, "q_rank": 1 if self.q_rank is None else self.q_rank}, 1 << 20)
+
+    @property
+    def cached_per_token(self) -> int:
+        """Numbers that one token takes in one layer's cache."""
+        return self.kv_rank + self.rope_head_dim
+
+    def num_parameters(self, dim: int, heads: int, bias: bool) -> int:
+        q_rows = heads * (self.nope_head_dim + self.rope_head_dim)
+        q = dim * q_rows if self.q_rank is None else self.q_rank * (dim + 1 + q_rows + bias)
+        kv = (dim + bias) * self.cached_per_token + self.kv_rank
+        up = self.kv_rank * heads * (self.nope_head_dim + self.v_head_dim)
+        return q + kv + up + heads * self.v_head_dim * dim + bias * dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """Mixture of experts: which layers, how large, and how `Router` picks."""
+
+    layers: tuple[bool, ...]  # of each layer: experts, or a dense MLP
+    num_experts: int
+    top_k: int
+    expert_dim: int  # width of one expert
+    shared_dim: int = 0  # width of the MLP that sees every token; 0 is none
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    correction_bias: bool = False
+    num_groups: int = 1
+    topk_groups: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        sizes = ("num_experts", "top_k", "expert_dim", "num_groups", "topk_groups")
+        _check_sizes({**{name: getattr(self, name) for name in sizes}, "shared_dim": self.shared_dim + 1}, 1 << 20)
+        _check_sizes({"num_experts": self.num_experts}, 1 << 14)
+        factor = self.routed_scaling_factor
+        if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+            raise ValueError(f"routed_scaling_factor of the model config must be a positive number, got {factor!r:.80}")
+
+    def num_parameters(self, dim: int) -> int:
+        """Of one layer with experts."""
+        router = self.num_experts * (dim + self.correction_bias)
+        return router + 3 * dim * (self.num_experts * self.expert_dim + self.shared_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One decoder-only model. Complete at construction; sizes in elements, windows in tokens."""
 
@@ -46,6 +103,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope: Mapping[str, Any]  # Hugging Face's rope parameters: rope_type, rope_theta, factor, …
     local_rope: Mapping[str, Any] | None = None  # of the sliding-window layers, where it differs (Gemma 3)
+    rope_interleaved: bool = False  # pairs of neighbours turn, not of halves
     rope_freq_factors: tuple[float, ...] | None = None  # divide the frequencies one by one (GGUF's rope_freqs.weight)
     layer_windows: tuple[int, ...]  # per layer: a token sees itself and window − 1 before it; 0 is no window
     hidden_act: str = "silu"
@@ -54,6 +112,8 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     softmax_scale: float | None = None  # None is 1/√head_dim
+    mla: MLAConfig | None = None
+    moe: MoEConfig | None = None
     final_logit_softcap: float = 0.0
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -62,9 +122,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, most in _SIZES.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise ValueError(f"{name} of the model config must be an integer from 1 to {most}, got {value!r:.80}")
+            _check_sizes({name: getattr(self, name)}, most)
         numbers = {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope.get("rope_theta")}
         for name, value in {**numbers, "softmax_scale": self.softmax_scale or 1.0}.items():
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -81,18 +139,38 @@ class ModelConfig:
                 raise ValueError(f"sliding_window of the model config must be a positive integer, got {window!r:.80}")
 
     def kv_bytes_per_token(self, dtype: _DType) -> int:
-        """Bytes that one token takes in the KV cache, all layers, K and V in `dtype` (anything with `itemsize`)."""
+        """Bytes that one token takes in the cache, all layers, in `dtype` (anything with `itemsize`).
+
+        Keys and values, or of MLA the latent and its rotary key.
+        """
+        if self.mla is not None:
+            return self.num_layers * self.mla.cached_per_token * dtype.itemsize
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+    def mha_kv_bytes_per_token(self, dtype: _DType) -> int:
+        """The same if every query head had a key and a value of its own in the cache."""
+        value_dim = self.head_dim if self.mla is None else self.mla.v_head_dim
+        return self.num_layers * self.num_heads * (self.head_dim + value_dim) * dtype.itemsize
 
     @property
     def num_parameters(self) -> int:
         """Parameters, tied embeddings counted once, biases and norms included."""
         d, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = d * (q + 2 * kv) + q * d + self.qkv_bias * (q + 2 * kv) + self.o_bias * d
+        if self.mla is not None:
+            attention = self.mla.num_parameters(d, self.num_heads, self.o_bias)
         mlp = 3 * d * self.intermediate_size + self.mlp_bias * (2 * self.intermediate_size + d)
         norms = (4 if self.architecture == "Gemma3ForCausalLM" else 2) * d + self.qk_norm * 2 * self.head_dim
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * (attention + mlp + norms) + embeddings + d
+        sparse = 0 if self.moe is None else sum(self.moe.layers)
+        mlps = (self.num_layers - sparse) * mlp + (0 if self.moe is None else sparse * self.moe.num_parameters(d))
+        return self.num_layers * (attention + norms) + mlps + embeddings + d
+
+
+def _check_sizes(sizes: Mapping[str, Any], most: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ValueError(f"{name} of the model config must be an integer from 1 to {most}, got {value!r:.80}")
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

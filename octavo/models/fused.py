@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from octavo.nn import Linear, RMSNorm
+from octavo.nn import GatedMLP, Linear, MultiHeadAttention, RMSNorm
 from octavo.ops.decoder import DecoderStack, LayerWeights
 from octavo.ops.linear import QuantizedWeight
 
@@ -27,6 +27,7 @@ def fuse(model: "CausalLM") -> DecoderStack | None:
     if len(kinds) != 1 or any(w.refuses() for w in weights):
         return None
     attn = layers[0].attn
+    assert isinstance(attn, MultiHeadAttention)
     return DecoderStack(
         num_heads=attn.num_heads,
         num_kv_heads=attn.num_kv_heads,
@@ -40,6 +41,8 @@ def fuse(model: "CausalLM") -> DecoderStack | None:
 
 def _fits(layer: "DecoderLayer") -> bool:
     attn, mlp = layer.attn, layer.mlp
+    if not isinstance(attn, MultiHeadAttention) or not isinstance(mlp, GatedMLP):
+        return False
     norms = (layer.attn_norm, layer.mlp_norm, attn.q_norm, attn.k_norm)
     rope, linears = attn.rope, (attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj)
     return (
@@ -60,6 +63,8 @@ def _fits(layer: "DecoderLayer") -> bool:
 
 def _weights(layer: "DecoderLayer") -> LayerWeights:
     attn, mlp = layer.attn, layer.mlp
+    assert isinstance(attn, MultiHeadAttention)
+    assert isinstance(mlp, GatedMLP)
     return LayerWeights(
         attn_norm=layer.attn_norm.weight,
         mlp_norm=layer.mlp_norm.weight,

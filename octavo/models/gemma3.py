@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.models.causal_lm import CausalLM, DecoderLayer
 from octavo.models.config import ModelConfig, hf_common, hf_layer_windows, hf_rope
-from octavo.nn import LayerKVCache, RMSNorm, Rotation
+from octavo.nn import LayerCache, RMSNorm, Rotation
 from octavo.ops.metadata import AttentionMetadata
 
 
@@ -26,7 +26,7 @@ class SandwichLayer(DecoderLayer):
         self.attn_out_norm, self.mlp_out_norm = attn_out_norm, mlp_out_norm
 
     def forward(
-        self, x: Tensor, rotation: Rotation, kv_cache: LayerKVCache | None, metadata: AttentionMetadata | None
+        self, x: Tensor, rotation: Rotation, kv_cache: LayerCache | None, metadata: AttentionMetadata | None
     ) -> Tensor:
         x = x + self.attn_out_norm(self.attn(self.attn_norm(x), None, kv_cache, metadata, rotation=rotation))
         out: Tensor = x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))

@@ -31,6 +31,15 @@ _SANDWICH = {  # with norms on both sides, Hugging Face's post_attention_layerno
     "mlp_norm": ["pre_feedforward_layernorm"],
     "mlp_out_norm": ["post_feedforward_layernorm"],
 }
+_MLA = {
+    "attn.q_proj": ["self_attn.q_proj"],
+    "attn.q_proj_down": ["self_attn.q_a_proj"],
+    "attn.q_norm": ["self_attn.q_a_layernorm"],
+    "attn.q_proj_up": ["self_attn.q_b_proj"],
+    "attn.kv_proj": ["self_attn.kv_a_proj_with_mqa"],
+    "attn.kv_norm": ["self_attn.kv_a_layernorm"],
+    "attn.kv_proj_up": ["self_attn.kv_b_proj"],
+}
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 _OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.")
 
@@ -40,7 +49,7 @@ class SafetensorsWeights:
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:
         sandwich = config.architecture == "Gemma3ForCausalLM"
-        self._in_layer = _IN_LAYER | (_SANDWICH if sandwich else {})
+        self._in_layer = _IN_LAYER | (_SANDWICH if sandwich else {}) | (_MLA if config.mla else {}) | _experts(config)
         self._files: dict[str, tuple[Any, str]] = {}  # our spelling → (open file, the file's spelling)
         for path in _shards(directory):
             try:
@@ -49,9 +58,7 @@ class SafetensorsWeights:
                 raise ValueError(f"{path} is not a sound safetensors file: {error}") from None
             for stored in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118, it is no mapping
                 name = stored.replace("language_model.", "", 1)
-                if not name.removeprefix("model.").startswith(_OTHER_TOWERS) and not name.endswith(
-                    "rotary_emb.inv_freq"
-                ):
+                if not _is_unused(name, config):
                     self._files[name] = (file, stored)
 
     def names(self) -> set[str]:
@@ -81,6 +88,30 @@ class SafetensorsWeights:
 
     def quantized(self, names: Sequence[str]) -> QuantizedWeight | None:
         return None
+
+
+def _is_unused(name: str, config: ModelConfig) -> bool:
+    """Whether a checkpoint's tensor belongs to something that a decoder does not compute."""
+    if name.removeprefix("model.").startswith(_OTHER_TOWERS) or name.endswith("rotary_emb.inv_freq"):
+        return True
+    if config.architecture != "DeepseekV3ForCausalLM" or not name.startswith("model.layers."):
+        return False
+    index = name.split(".")[2]  # multi-token prediction is stored as layers after the last
+    return index.isdecimal() and int(index) >= config.num_layers
+
+
+def _experts(config: ModelConfig) -> dict[str, list[str]]:
+    """The parts of a mixture of experts, each expert's matrices one below the other."""
+    if config.moe is None:
+        return {}
+    each = range(config.moe.num_experts)
+    return {
+        "mlp.router": ["mlp.gate"],
+        "mlp.experts.gate_up_proj": [f"mlp.experts.{i}.{part}" for i in each for part in ("gate_proj", "up_proj")],
+        "mlp.experts.down_proj": [f"mlp.experts.{i}.down_proj" for i in each],
+        "mlp.shared_experts.gate_up_proj": ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
+        "mlp.shared_experts.down_proj": ["mlp.shared_experts.down_proj"],
+    }
 
 
 def _shards(directory: Path) -> list[Path]:

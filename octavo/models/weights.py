@@ -77,10 +77,12 @@ def load_weights(
             _set_quantized(module, weight, dtype)
             held[f"{kinds}, kept quantised"] += parameters[name].numel()
         else:
-            dense = [source.dense(part, dtype, device) for part in parts]
+            target = parameters[name]  # on the meta device, in the dtype that it is to have
+            dense = [source.dense(part, target.dtype, device) for part in parts]
             tensor = dense[0] if len(dense) == 1 else torch.cat(dense)
-            setattr(module, name.rpartition(".")[2], nn.Parameter(tensor))
-            held[f"{kinds} as {str(dtype).removeprefix('torch.')}"] += parameters[name].numel()
+            parameter = nn.Parameter(tensor.view(target.shape), requires_grad=target.requires_grad)
+            setattr(module, name.rpartition(".")[2], parameter)
+            held[f"{kinds} as {str(target.dtype).removeprefix('torch.')}"] += target.numel()
     if model.config.tie_word_embeddings:
         _tie(model)
     return held
@@ -91,8 +93,9 @@ def _check_shapes(name: str, parameter: Tensor, parts: list[str], source: Weight
     if missing:
         raise ValueError(f"the checkpoint lacks {missing[0]!r}, which {name} needs")
     shapes = [source.shape(part) for part in parts]
+    rows = parameter.flatten(0, -2) if parameter.ndim > 2 else parameter  # experts' matrices stand one below the other
     stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-    if stacked != tuple(parameter.shape) or len({shape[1:] for shape in shapes}) != 1:
+    if stacked != tuple(rows.shape) or len({shape[1:] for shape in shapes}) != 1:
         found = ", ".join(f"{part} {shape}" for part, shape in zip(parts, shapes, strict=True))
         raise ValueError(f"{name} must have the shape {tuple(parameter.shape)}, the checkpoint has {found}")
 

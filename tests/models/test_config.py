@@ -143,14 +143,26 @@ VALUES = st.one_of(
 )
 OPTIONAL = ["rope_theta", "rope_scaling", "rope_parameters", "head_dim", "eos_token_id", "text_config", "layer_types"]
 WINDOWS = ["sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern"]
+EXPERTS = {
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+    "moe_intermediate_size": 13,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 8,
+    "num_experts": 8,
+}
+ROUTING = ["first_k_dense_replace", "n_shared_experts", "n_group", "topk_group", "topk_method", "mlp_only_layers"]
 KEYS = [*(key for key in LLAMA if key != "architectures"), *OPTIONAL, *WINDOWS, "query_pre_attn_scalar"]
+KEYS += [*EXPERTS, *ROUTING, "decoder_sparse_step", "q_lora_rank", "routed_scaling_factor"]
 
 
 @given(st.sampled_from(sorted(ARCHITECTURES)), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
 @settings(max_examples=500, deadline=None)
 def test_any_json_gives_a_config_or_a_value_error(architecture, changes):
     try:
-        config = config_from_hf({**LLAMA, "architectures": [architecture], **changes})
+        config = config_from_hf({**LLAMA, **EXPERTS, "architectures": [architecture], **changes})
     except ValueError:
         return
     assert config == replace(config)

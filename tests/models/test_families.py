@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo.models import CausalLM, build_model, config_from_hf
 from octavo.models.safetensors_weights import SafetensorsWeights
 from octavo.models.weights import load_weights
-from octavo.nn import LayerKVCache
+from octavo.nn import LayerCache
 from octavo.ops.metadata import AttentionMetadata
 
 TINY = {
@@ -40,6 +40,23 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+DEEPSEEK_YARN = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}
+DEEPSEEK = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+    "num_key_value_heads": 4,
+    "head_dim": 6,  # transformers' name for the rotary part
+    "moe_intermediate_size": 13,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+QWEN_MOE = {"moe_intermediate_size": 13, "num_experts": 7, "num_experts_per_tok": 3}
 GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -76,6 +93,35 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
             "rope_parameters": GEMMA_ROPES,
         },
     ),
+    "deepseek_v2": (transformers.DeepseekV2Config, DEEPSEEK),
+    "deepseek_v2, dense, tied": (
+        transformers.DeepseekV2Config,
+        {**DEEPSEEK, "first_k_dense_replace": 3, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "deepseek_v2, groups, q compressed, yarn": (
+        transformers.DeepseekV2Config,
+        {
+            **DEEPSEEK,
+            "q_lora_rank": 14,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": DEEPSEEK_YARN,
+        },
+    ),
+    "deepseek_v3, yarn": (
+        transformers.DeepseekV3Config,
+        {**DEEPSEEK, "q_lora_rank": 14, "n_group": 4, "topk_group": 2, "rope_parameters": DEEPSEEK_YARN},
+    ),
+    "deepseek_v3, q not compressed, halves turn": (
+        transformers.DeepseekV3Config,
+        {**DEEPSEEK, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
+    ),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, QWEN_MOE),
+    "qwen3_moe, dense layers, normed": (
+        transformers.Qwen3MoeConfig,
+        {**QWEN_MOE, "mlp_only_layers": [1], "norm_topk_prob": True, "attention_bias": True},
+    ),
 }
 DYNAMIC = (
     transformers.LlamaConfig,
@@ -97,13 +143,16 @@ class Pair:
 
 def make_pair(directory: Path, config_class: type, changes: dict[str, Any]) -> Pair:
     torch.manual_seed(0)
-    config = config_class(**TINY | changes, attn_implementation="eager")
+    config = config_class(**TINY | changes, attn_implementation="eager", experts_implementation="eager")
     reference = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             parameter.normal_(std=0.2)  # norms and biases too: their initial ones and zeros would hide a mistake
             if "norm" in name and config_class is not transformers.Gemma3TextConfig:
                 parameter.add_(1.0)
+        for name, buffer in reference.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     reference.save_pretrained(directory)
     ours = config_from_hf(directory)
     model = build_model(ours, device="meta", dtype=torch.float32)
@@ -142,15 +191,13 @@ class PagedRun:
     model: CausalLM
     block_size: int = 4
     num_blocks: int = 32
-    caches: list[LayerKVCache] = field(default_factory=list)
+    caches: list[LayerCache] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        config = self.model.config
-        shape = (self.num_blocks, self.block_size, config.num_kv_heads, config.head_dim)
-        nan = float("nan")
-        self.caches = [
-            LayerKVCache(torch.full(shape, nan), torch.full(shape, nan)) for _ in range(self.model.config.num_layers)
-        ]
+        self.caches = [layer.attn.new_cache(self.num_blocks, self.block_size) for layer in self.model.layers]
+        for cache in self.caches:
+            for tensor in cache.tensors:
+                tensor.fill_(float("nan"))
 
     def step(self, *work: tuple[Sequence_, int]) -> list[Tensor]:
         """Compute the next `count` tokens of each sequence in one packed batch."""
@@ -260,8 +307,11 @@ def test_dynamic_rope_stretches_with_the_sequence(tmp_path):
 
 
 def test_parameter_count_is_that_of_transformers(pair):
-    assert pair.model.config.num_parameters == pair.reference.num_parameters()
-    assert sum(parameter.numel() for parameter in pair.model.parameters()) == pair.reference.num_parameters()
+    expected = pair.reference.num_parameters() + sum(
+        buffer.numel() for name, buffer in pair.reference.named_buffers() if name.endswith("e_score_correction_bias")
+    )
+    assert pair.model.config.num_parameters == expected
+    assert sum(parameter.numel() for parameter in pair.model.parameters()) == expected
 
 
 def test_bf16_is_as_exact_as_that_of_transformers(pair, tmp_path):

@@ -143,11 +143,28 @@ def test_mistakes_of_other_calls(llm):
         ({"device": "tpu"}, "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ({"dtype": "float8"}, "dtype must be"),
         ({"seed": 1.5}, "seed: expected an integer"),
+        ({"load_format": "gguf"}, "load_format: expected 'auto' or 'dummy', got 'gguf'"),
+        ({"skip_tokenizer_init": 1}, "skip_tokenizer_init: expected True or False, got 1"),
     ],
 )
 def test_wrong_options_are_refused(tiny_model_dir, options, message):
     with pytest.raises(ValueError, match=message):
         LLM(tiny_model_dir, **options)
+
+
+def test_random_weights_from_a_config_alone(tiny_model_dir, tmp_path):
+    """What benchmarks run on: no weights, no tokenizer; the same seed gives the same tokens."""
+    (tmp_path / "config.json").write_text((tiny_model_dir / "config.json").read_text())
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, "kv_cache_memory": 1 << 20, "device": "cpu"}
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    first, second, other = (
+        LLM(tmp_path, seed=seed, **options).generate([1, 2, 3], params, use_tqdm=False)[0].outputs[0].token_ids
+        for seed in (0, 0, 1)
+    )
+    assert len(first) == 5
+    assert first == second != other
+    with pytest.raises(ValueError, match="expected token ids, since this engine has no tokenizer"):
+        LLM(tmp_path, **options).generate("text", params)
 
 
 def test_a_model_that_is_not_there(tmp_path):

@@ -27,7 +27,7 @@ from octavo.engine.sampler import Sampler
 from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.step import StepResult
-from octavo.models import LoadedModel, load_model
+from octavo.models import LoadedModel, load_dummy_model, load_model, read_tokenizer
 from octavo.models.causal_lm import CausalLM
 from octavo.models.tokenizer import Tokenizer
 
@@ -81,11 +81,7 @@ class LLMEngine:
     @classmethod
     def from_options(cls, options: EngineOptions, progress: bool = True) -> "LLMEngine":
         """Loads the model and sizes everything; the first step may follow. `progress`: a bar while it loads."""
-        path, device = options.model_path(), options.torch_device()
-        loaded = load_model(
-            path, dtype=options.dtype, device=device, progress=progress, keep_quantized=options.keep_quantized
-        )
-        return cls.from_loaded(loaded, options)
+        return cls.from_loaded(_load(options, progress), options)
 
     @classmethod
     def from_loaded(cls, loaded: LoadedModel, options: EngineOptions) -> "LLMEngine":
@@ -301,3 +297,19 @@ class LLMEngine:
 
 def _plain_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+def _load(options: EngineOptions, progress: bool) -> LoadedModel:
+    path, device = options.model_path(), options.torch_device()
+    if options.load_format == "auto":
+        return load_model(
+            path,
+            dtype=options.dtype,
+            device=device,
+            progress=progress,
+            keep_quantized=options.keep_quantized,
+            skip_tokenizer=options.skip_tokenizer_init,
+        )
+    tokenizer = None if options.skip_tokenizer_init else read_tokenizer(path)
+    model = load_dummy_model(path, dtype=options.dtype, device=device, seed=options.seed)
+    return LoadedModel(model, tokenizer, model.config, {}, {"random": model.config.num_parameters})

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -19,6 +19,8 @@ class EngineOptions:
     model: a directory with safetensors, or a .gguf file; None is the default model (SmolLM2-135M-Instruct).
     dtype: of activations: "auto", "float32", "bfloat16", "float16" or torch's own.
     keep_quantized: on the CPU, 4- and 8-bit GGUF weights stay as they are; False unpacks them (exact, larger).
+    load_format: "auto" reads the model's weights; "dummy" makes random ones from its config.json, for benchmarks.
+    skip_tokenizer_init: no tokenizer is loaded; prompts are token ids, and outputs have no text.
     device: "auto" (CUDA if there is a GPU, else the CPU), "cpu", "cuda", "cuda:1", …
     max_model_len: longest prompt and output together, in tokens; None is the model's context.
     block_size: tokens in a block of the cache.
@@ -34,6 +36,8 @@ class EngineOptions:
     model: str | Path | None = None
     dtype: str | torch.dtype = "auto"
     keep_quantized: bool = True
+    load_format: Literal["auto", "dummy"] = "auto"
+    skip_tokenizer_init: bool = False
     device: str | torch.device = "auto"
     max_model_len: int | None = None
     block_size: int = 16
@@ -55,8 +59,11 @@ class EngineOptions:
             raise ValueError(f"kv_cache_memory_fraction: expected a number above 0 and at most 1, got {fraction!r}")
         if fraction is not None and self.kv_cache_memory is not None:
             raise ValueError("kv_cache_memory: expected this or kv_cache_memory_fraction, got both")
-        if type(self.keep_quantized) is not bool:
-            raise ValueError(f"keep_quantized: expected True or False, got {self.keep_quantized!r}")
+        for field in ("keep_quantized", "skip_tokenizer_init"):
+            if type(getattr(self, field)) is not bool:
+                raise ValueError(f"{field}: expected True or False, got {getattr(self, field)!r}")
+        if self.load_format not in ("auto", "dummy"):
+            raise ValueError(f"load_format: expected 'auto' or 'dummy', got {self.load_format!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed: expected an integer, got {self.seed!r}")
 

@@ -28,7 +28,7 @@ class LoadedModel:
     """Everything that a checkpoint brings."""
 
     model: CausalLM
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     config: ModelConfig
     generation_defaults: Mapping[str, float]  # of generation_config.json, under SamplingParams' names
     held: Mapping[str, int] = field(repr=False)  # parameters by how they are kept in memory
@@ -50,6 +50,7 @@ class LoadedModel:
             "sliding_windows": sorted({window for window in config.layer_windows if window}),
             "activation_dtype": str(dtype).removeprefix("torch."),
             "kv_bytes_per_token": config.kv_bytes_per_token(dtype),
+            "kv_bytes_per_token_of_mha": config.mha_kv_bytes_per_token(dtype),
             "weights": dict(self.held),
             "weight_bytes": weight_bytes(self.model),
             "notes": list(self.notes),
@@ -63,21 +64,24 @@ def load_model(
     progress: bool = True,
     *,
     keep_quantized: bool = True,
+    skip_tokenizer: bool = False,
 ) -> LoadedModel:
     """Load a .gguf file, or a directory with config.json, *.safetensors and tokenizer.json.
 
     dtype: of activations, and of the weights that are not kept quantised. "auto" is the checkpoint's own; on the CPU,
     fp32 for a GGUF's quantised weights and for fp16 (which CPUs compute more slowly than fp32). keep_quantized: on the
-    CPU, 4- and 8-bit GGUF weights stay as they are; False unpacks them all (exact, slower, larger). progress: a bar, if
-    it takes over 1 s. Raises `ValueError` for a file that is missing, damaged, or of a kind that is not known.
+    CPU, 4- and 8-bit GGUF weights stay as they are; False unpacks them all (exact, slower, larger). skip_tokenizer:
+    `tokenizer` is None, and the directory needs none. progress: a bar, if it takes over 1 s. Raises `ValueError` for a
+    file that is missing, damaged, or of a kind that is not known.
     """
     path, device = Path(path), torch.device(device)
     if path.is_dir():
-        config, tokenizer, defaults = _read_directory(path)
+        config, tokenizer, defaults = _read_directory(path, skip_tokenizer)
         source: WeightSource = SafetensorsWeights(path, config)
     else:
         file = _open_gguf(path)
-        config, tokenizer, defaults = _gguf_model_config(file), tokenizer_from_gguf(file.metadata), {}
+        config, defaults = _gguf_model_config(file), {}
+        tokenizer = None if skip_tokenizer else tokenizer_from_gguf(file.metadata)
         source = GGUFWeights(file, config)
     _check_token_ids(config, tokenizer)
     torch_dtype, notes = _compute_dtype(dtype, config, device)
@@ -100,7 +104,7 @@ def load_dummy_model(
     *,
     seed: int = 0,
 ) -> CausalLM:
-    """A model with random weights (std 0.02, norms at their start) from a config or a config.json: for benchmarks."""
+    """Random weights (std 0.02, norms at their start) for a config, or a directory's config.json: for benchmarks."""
     if not isinstance(config, ModelConfig):
         config = config_from_hf(Path(config))
     device = torch.device(device)
@@ -125,7 +129,9 @@ def read_config(path: str | Path) -> ModelConfig:
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model, without its weights."""
     path = Path(path)
-    return _read_directory(path)[1] if path.is_dir() else tokenizer_from_gguf(_open_gguf(path).metadata)
+    if path.is_dir():
+        return Tokenizer.from_directory(path, _read_directory_config(path)[0].eos_token_ids)
+    return tokenizer_from_gguf(_open_gguf(path).metadata)
 
 
 def weight_bytes(model: CausalLM) -> int:
@@ -170,14 +176,16 @@ def _read_directory_config(directory: Path) -> tuple[ModelConfig, Mapping[str, f
     return replace(config, eos_token_ids=ids), defaults
 
 
-def _read_directory(directory: Path) -> tuple[ModelConfig, Tokenizer, Mapping[str, float]]:
+def _read_directory(directory: Path, skip_tokenizer: bool) -> tuple[ModelConfig, Tokenizer | None, Mapping[str, float]]:
     config, defaults = _read_directory_config(directory)
+    if skip_tokenizer:
+        return config, None, defaults
     tokenizer = Tokenizer.from_directory(directory, config.eos_token_ids)
     return replace(config, eos_token_ids=tokenizer.eos_token_ids), tokenizer, defaults
 
 
-def _check_token_ids(config: ModelConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
+def _check_token_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {config.vocab_size} rows: "
             "they belong to different models"

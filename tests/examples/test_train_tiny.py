@@ -77,7 +77,7 @@ def test_transformers_reads_the_export(attention: str, tmp_path: Path) -> None:
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("attention", ["mha", "gqa", "mqa", "mla"])
 def test_our_loader_reads_the_export(attention: str, tmp_path: Path) -> None:
     model = model_of(attention)
     export(model, tmp_path)
@@ -97,9 +97,10 @@ def test_tokens_are_the_bytes(tmp_path: Path) -> None:
     assert tokenizer.token_to_id("<|end|>") == END
 
 
-def test_the_engine_serves_what_was_trained(text: Text, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_the_engine_serves_what_was_trained(attention: str, text: Text, tmp_path: Path) -> None:
     options = argparse.Namespace(resume=False, stop_at=None, quick=True)
-    run = train_one(CONFIG, PLAN, text, tmp_path, options)
+    run = train_one(replace(CONFIG, attention=attention), PLAN, text, tmp_path, options)
     engine = LLM(model=tmp_path / "hf", dtype=torch.float32)
     output = engine.generate(["To be, or"], SamplingParams(temperature=0.0, max_tokens=12), use_tqdm=False)[0]
     tokens = list(b"To be, or")

@@ -94,7 +94,8 @@ def _pad_rows(x: Tensor, rows_used: Tensor, t: AttentionTensors) -> Tensor:
 
 def _sum_groups(gradient: Tensor, x: Tensor) -> Tensor:
     """(B, Sk, Hq, …) summed over the query heads of each of x's heads."""
-    return gradient.unflatten(2, (x.shape[-2], -1)).sum(dim=3)
+    batch, keys, heads, *rest = gradient.shape
+    return gradient.reshape(batch, keys, x.shape[-2], heads // x.shape[-2], *rest).sum(dim=3)
 
 
 def _unpad(gradient: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

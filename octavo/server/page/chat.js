@@ -55,7 +55,7 @@ export class Chat {
   clear() {
     this.stop();
     this.messages = [];
-    $("conversation").replaceChildren(opening());
+    $("conversation").replaceChildren(paragraph("opening", "A fresh sheet."));
     this.showState();
     $("prompt").focus();
   }
@@ -126,7 +126,8 @@ class Writer {
     this.node = body.appendChild(document.createTextNode(""));
     body.parentElement.classList.add("writing");
     this.text = "";
-    this.spoken = 0;
+    this.spoken = 0; // characters
+    $("spoken").replaceChildren();
     this.finish = "";
     this.usage = null;
     this.frame = 0;
@@ -152,7 +153,7 @@ class Writer {
 
   speak(end) {
     const text = this.text.slice(this.spoken, end).trim();
-    if (text) $("spoken").textContent = text;
+    if (text) $("spoken").append(paragraph("", text));
     this.spoken = end;
   }
 
@@ -165,10 +166,7 @@ class Writer {
       this.body.classList.add("empty");
       this.node.data = this.finish === "error" ? "No answer" : "Nothing was written";
     }
-    const note = document.createElement("p");
-    note.className = "note colophon";
-    note.textContent = this.colophon();
-    this.body.after(note);
+    this.body.after(paragraph("note colophon", this.colophon()));
     $("conversation").scrollTop = $("conversation").scrollHeight;
   }
 
@@ -191,11 +189,11 @@ function seconds(ms) {
   return ms < 1000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`;
 }
 
-function opening() {
-  const text = document.createElement("p");
-  text.className = "opening";
-  text.textContent = "A fresh sheet.";
-  return text;
+function paragraph(className, text) {
+  const element = document.createElement("p");
+  element.className = className;
+  element.textContent = text;
+  return element;
 }
 
 // Returns the element that takes the turn's text.

@@ -56,7 +56,7 @@ function addValue(caption, name, colour) {
   const mark = document.createElement("i");
   mark.style.background = `var(${colour})`;
   const value = document.createElement("b");
-  item.append(mark, name, value);
+  item.append(mark, `${name} `, value);
   caption.append(item);
   return value;
 }

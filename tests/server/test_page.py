@@ -17,7 +17,7 @@ import pytest
 
 import octavo
 
-pytest.importorskip("selenium", reason="drives the browser; not in the test extra until the server is: pip install selenium starlette uvicorn")
+pytest.importorskip("selenium", reason="drives the browser: pip install selenium starlette uvicorn")
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains

@@ -17,7 +17,7 @@ const WORDS = {
 
 let model = "";
 
-const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)}\u00a0%`;
 
 function bytes(count) {
   const unit = Math.min(Math.floor(Math.log2(Math.max(count, 1)) / 10), 4);

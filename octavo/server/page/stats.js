@@ -39,7 +39,9 @@ function visible(tell) {
   return new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
 }
 
-// One cell a block, from base64: CACHED, SHARED and so on below FIRST_OWNER, else FIRST_OWNER plus the owner's number.
+// The wire: time (seconds of a steady clock), block_size, map, tails ([block, owner, slots written]), owners (number → request id),
+// memory (MemoryReport.to_dict), running and waiting (requests), tokens_per_second, prefix_hit_tokens, prefix_queried_tokens.
+// map: one cell a block as engine/memory_report.py's block_map makes it, in base64: CACHED, SHARED and so on below FIRST_OWNER, else FIRST_OWNER plus the owner's number.
 function decode(wire) {
   const cells = Uint8Array.from(atob(wire.map), (letter) => letter.charCodeAt(0));
   const blocks = Array.from(cells, (cell) => {

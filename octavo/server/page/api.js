@@ -46,8 +46,8 @@ export async function* events(response) {
       const parts = rest.split(/\r?\n\r?\n/);
       rest = parts.pop();
       for (const part of parts) {
-        const data = part.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trimStart());
-        if (data.length) yield data.join("\n");
+        const lines = part.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+        if (lines.length) yield lines.map((line) => line.slice(5).trimStart()).join("\n");
       }
     }
   } finally {

@@ -9,7 +9,8 @@ export const KINDS = [LIVE, TAIL, SHARED, CACHED, FREE];
 const FOLD = 8; // blocks along a page
 const LARGEST = 20, SMALLEST = 4; // cell, in CSS pixels, with its gap
 const NARROWEST = 4; // fold between pages
-const STEPS = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -FOLD, ArrowDown: FOLD, PageUp: -FOLD * FOLD, PageDown: FOLD * FOLD };
+const LEAF = FOLD * FOLD; // blocks in a page
+const STEPS = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -FOLD, ArrowDown: FOLD, PageUp: -LEAF, PageDown: LEAF };
 const TEXT = {
   [FREE]: "free",
   [CACHED]: "cached: the beginning of an earlier text, kept for the next one that starts alike",
@@ -69,7 +70,7 @@ export class BlockMap {
   layOut() {
     const frame = this.canvas.parentElement, style = getComputedStyle(frame);
     const width = frame.clientWidth - 2 * parseFloat(style.paddingLeft), height = parseFloat(style.maxHeight);
-    const pages = Math.ceil(this.blocks.length / (FOLD * FOLD));
+    const pages = Math.ceil(this.blocks.length / LEAF);
     for (let across = 1; ; across++) {
       const layout = sizeFor(across, width, pages);
       if (layout.cell <= SMALLEST || (layout.cell <= LARGEST && layout.height <= height)) return layout;
@@ -78,8 +79,10 @@ export class BlockMap {
 
   corner(index) {
     const { cell, page, across } = this.layout;
-    const leaf = Math.floor(index / (FOLD * FOLD)), within = index % (FOLD * FOLD);
-    return [(leaf % across) * page + (within % FOLD) * cell, Math.floor(leaf / across) * page + Math.floor(within / FOLD) * cell];
+    const leaf = Math.floor(index / LEAF), within = index % LEAF;
+    const x = (leaf % across) * page + (within % FOLD) * cell;
+    const y = Math.floor(leaf / across) * page + Math.floor(within / FOLD) * cell;
+    return [x, y];
   }
 
   blockAt(x, y) {
@@ -87,7 +90,7 @@ export class BlockMap {
     const { cell, page, across } = this.layout;
     const column = Math.floor((x % page) / cell), row = Math.floor((y % page) / cell);
     const leaf = Math.floor(y / page) * across + Math.floor(x / page);
-    const index = leaf * FOLD * FOLD + row * FOLD + column;
+    const index = leaf * LEAF + row * FOLD + column;
     return column < FOLD && row < FOLD && index >= 0 && index < this.blocks.length ? index : null;
   }
 

@@ -75,7 +75,8 @@ export class Chat {
     this.showState();
     showProblem("");
     try {
-      const body = { model: this.model(), messages: withSystem(messages), stream: true, stream_options: { include_usage: true }, ...sampling() };
+      const stream = { stream: true, stream_options: { include_usage: true } };
+      const body = { model: this.model(), messages: withSystem(messages), ...stream, ...sampling() };
       await this.read(await request("v1/chat/completions", { body, signal: this.abort.signal }), writer);
     } catch (error) {
       if (error.name === "AbortError") writer.finish = "stopped";

@@ -7,7 +7,7 @@ const FIRST_OWNER = 4; // cells below it: see KIND_OF
 const KIND_OF = [FREE, CACHED, SHARED, TAIL];
 const FIRST_WAIT = 0.5, LONGEST_WAIT = 10; // seconds until the next attempt
 
-// Calls show(snapshot) for each snapshot and tell(state) with "connecting", "live", "paused" or "lost", until the page closes.
+// Calls show(snapshot) for each snapshot and tell(state) with "live", "paused" or "lost", until the page closes.
 // onError: called with the error that ended a connection. Rests while the page is hidden.
 export async function follow(show, tell, onError) {
   for (let wait = FIRST_WAIT; ; wait = Math.min(2 * wait, LONGEST_WAIT)) {
@@ -39,9 +39,9 @@ function visible(tell) {
   return new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
 }
 
-// The wire: time (seconds of a steady clock), block_size, map, tails ([block, owner, slots written]), owners (number → request id),
-// memory (MemoryReport.to_dict), running and waiting (requests), tokens_per_second, prefix_hit_tokens, prefix_queried_tokens.
-// map: one cell a block as engine/memory_report.py's block_map makes it, in base64: CACHED, SHARED and so on below FIRST_OWNER, else FIRST_OWNER plus the owner's number.
+// The wire: time (seconds of a steady clock), block_size, map, tails ([block, owner, slots written]), owners (number →
+// request id), memory (MemoryReport.to_dict), running and waiting (requests), tokens_per_second, prefix_hit_tokens,
+// prefix_queried_tokens. map: one cell a block, as block_map of engine/memory_report.py makes it, in base64.
 function decode(wire) {
   const cells = Uint8Array.from(atob(wire.map), (letter) => letter.charCodeAt(0));
   const blocks = Array.from(cells, (cell) => {

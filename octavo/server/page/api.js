@@ -19,8 +19,8 @@ export async function request(path, { body, signal } = {}) {
   const headers = {};
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
   if (body) headers["Content-Type"] = "application/json";
-  const method = body ? "POST" : "GET";
-  const response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body), cache: "no-store" });
+  const message = body ? { method: "POST", body: JSON.stringify(body) } : { method: "GET" };
+  const response = await fetch(path, { ...message, headers, signal, cache: "no-store" });
   if (!response.ok) throw new ApiError(response.status, await explain(response));
   return response;
 }

@@ -1,19 +1,18 @@
 """What a user may say when an engine starts: `LLM(...)`, `AsyncLLM(...)` and the command line share these fields."""
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 
 from octavo.engine.config import SchedulingPolicy
+from octavo.engine.from_dict import FromDict
 from octavo.models import default_model_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
+class EngineOptions(FromDict):
     """How an engine is built.
 
     model: a directory with safetensors, or a .gguf file; None is the default model (SmolLM2-135M-Instruct).
@@ -32,6 +31,9 @@ class EngineOptions:
     scheduling_policy: "fcfs" or "priority".
     seed: of requests that bring none.
     """
+
+    unknown_name: ClassVar[str] = "unknown option"
+    known_names: ClassVar[str] = "known"
 
     model: str | Path | None = None
     dtype: str | torch.dtype = "auto"
@@ -66,17 +68,6 @@ class EngineOptions:
             raise ValueError(f"load_format: expected 'auto' or 'dummy', got {self.load_format!r}")
         if type(self.seed) is not int:
             raise ValueError(f"seed: expected an integer, got {self.seed!r}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Refuses an unknown name with the nearest known one."""
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise ValueError(f"{name}: unknown option; {hint}")
-        return cls(**values)
 
     def model_path(self) -> Path:
         return default_model_path() if self.model is None else Path(self.model)

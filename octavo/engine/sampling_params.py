@@ -4,13 +4,14 @@ Names, defaults and ranges are vLLM's. Objects are frozen, so that one can be sh
 vLLM leaves open are closed here (the constants below), because each unbounded field is a way to exhaust an engine.
 """
 
-import difflib
 import math
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.engine.from_dict import FromDict
 
 MAX_N = 1024  # candidates of one request
 MAX_LOGPROBS = 20  # alternatives reported with each token; vLLM's default bound
@@ -77,22 +78,8 @@ def _strings(field: str, value: Any, most: int, longest: int | None = None) -> t
     return tuple(value)
 
 
-class _FromDict:
-    """Construction from untrusted names: an unknown one is refused, with the nearest known name."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
-                raise ValueError(f"{name}: unknown field of {cls.__name__}; {hint}")
-        return cls(**values)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams(_FromDict):
+class SamplingParams(FromDict):
     """How the tokens of one request are chosen, when they stop and what is reported. Every violation is a ValueError
     naming the field.
 
@@ -204,7 +191,7 @@ def _checked_bias(bias: Any) -> dict[int, float]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BeamSearchParams(_FromDict):
+class BeamSearchParams(FromDict):
     """Beam search of one request: keep the beam_width likeliest continuations, each sharing blocks with its siblings
     copy-on-write.
 

@@ -3,7 +3,8 @@
 The reference (tests/data, made by tests/make_default_model_reference.py) holds tokens and margins, a margin being the
 distance to the runner-up's logit. Weights unpacked to fp32 must agree to the end (the smallest margin is 0.013).
 Weights kept in 4 bits are multiplied with activations rounded to 8 bits, which moves logits by some tenths. They should
-agree up to the first margin below NEAR_TIE and do not always (seen to differ at 0.32): an open fault, marked as such.
+agree up to the first margin below NEAR_TIE and do not always (seen to differ at 0.32): an open fault, marked as such
+where it shows.
 """
 
 import json
@@ -22,14 +23,17 @@ REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "default_model_gree
 PROMPTS = [entry["prompt_token_ids"] for entry in REFERENCE]
 NEAR_TIE = 0.25
 KV_BYTES = 2 * 30 * 3 * 64 * 4  # per token: keys and values, layers, heads, head_dim, fp32
+ROUNDED = "activations rounded to int8 move a greedy token at a margin of 0.32: open, see docs/log.md"
 
 
-ROUNDED = pytest.mark.xfail(
-    reason="activations rounded to int8 move greedy tokens at margins up to 0.32: open, see docs/log.md", strict=False
-)
+@pytest.fixture
+def known_fault(request, loaded):
+    """The test fails with weights kept in 4 bits, and says so when it no longer does."""
+    if is_quantised(loaded):
+        request.applymarker(pytest.mark.xfail(reason=ROUNDED, strict=True, raises=AssertionError))
 
 
-@pytest.fixture(scope="module", params=["unpacked", pytest.param("quantised", marks=ROUNDED)])
+@pytest.fixture(scope="module", params=["unpacked", "quantised"])
 def loaded(request):
     return load_model(default_model_path(), progress=False, keep_quantized=request.param == "quantised")
 
@@ -42,13 +46,18 @@ def run(loaded, params=None, prompts=PROMPTS, num_blocks=256, **options):
     return llm, outputs
 
 
+def is_quantised(loaded):
+    return "kept quantised" in " ".join(loaded.held)
+
+
 def assert_agrees(loaded, token_ids, entry):
     expected, margins = entry["token_ids"], entry["margins"]
-    exact = "kept quantised" not in " ".join(loaded.held)
-    sure = len(expected) if exact else next((i for i, m in enumerate(margins) if m < NEAR_TIE), len(expected))
+    near_ties = (i for i, m in enumerate(margins) if m < NEAR_TIE)
+    sure = next(near_ties, len(expected)) if is_quantised(loaded) else len(expected)
     assert token_ids[:sure] == expected[:sure]
 
 
+@pytest.mark.usefixtures("known_fault")
 def test_batched_chunked_and_cached(loaded):
     """Prompts in chunks of 64 tokens beside decodes; then again, from the prefix cache."""
     llm, outputs = run(loaded, max_num_batched_tokens=64, max_num_seqs=16)
@@ -68,6 +77,7 @@ def test_alone_and_as_one_of_many_candidates(loaded):
             assert_agrees(loaded, candidate.token_ids, {key: value[:20] for key, value in REFERENCE[i].items()})
 
 
+@pytest.mark.usefixtures("known_fault")
 def test_preempted(loaded):
     """Too few blocks for all: some give theirs up and are computed again."""
     params = SamplingParams(temperature=0, max_tokens=30)

@@ -9,6 +9,11 @@ A backend module exposes any of these functions under these names; `octavo.ops.d
     cache.store_kv_cache(k, v, k_cache, v_cache, slot_mapping) -> None
     cache.store_latent_cache(latent, kv_cache, slot_mapping) -> None
     merge.merge_attention_states(outs, lses) -> (out, softmax_lse)
+    norm.rms_norm(x, weight, eps, unit_offset) -> out
+    norm.add_rms_norm(x, residual, weight, eps, unit_offset) -> (out, x + residual)
+    gated_activation.gated_activation(gate_up, activation) -> out
+    rotary_cache.rotate_and_store(qkv, num_heads, rotary, norm, k_cache, v_cache, slot_mapping) -> q
+    rotary_cache.rotate_and_store_latent(latent, q, q_absorbed, weight, eps, rotary, kv_cache, slot_mapping) -> None
 
 and, beside each, `refuses_<op>(...) -> str | None` with the same arguments: the reason why this backend cannot take the
 call, or None when it can. A module may also have `plan_<op>(...) -> dict`, same arguments again: what it says of its
@@ -46,6 +51,7 @@ class AttentionSpec:
     softcap: float = 0.0
     dropout_p: float = 0.0
     deterministic: bool = False
+    wants_dbias: bool = True  # of a backward: whether attn_bias's gradient, (Sq, Sk) numbers or so, is asked for
 
     @property
     def causal(self) -> bool:
@@ -74,6 +80,23 @@ class AttentionTensors:
     learnable_sink: Tensor | None = None  # (Hq,)
     attn_bias: Tensor | None = None  # broadcastable to (B, Hq, Sq, Sk)
     dropout_seed: int = 0
+
+
+class Rotary(NamedTuple):
+    """The angles of each token's rotation, contiguous; the first 2·cos.shape[1] channels of a head turn."""
+
+    cos: Tensor  # (T, rotary_dim / 2) fp32
+    sin: Tensor  # as cos
+    interleaved: bool  # pairs are channels 0 and 1, 2 and 3, …; otherwise the first half with the second
+
+
+class HeadNorm(NamedTuple):
+    """RMSNorm of each head's queries and keys before they turn; `unit_offset` multiplies by 1 + w (Gemma)."""
+
+    q_weight: Tensor  # (D,)
+    k_weight: Tensor  # (D,)
+    eps: float
+    unit_offset: bool
 
 
 class Gradients(NamedTuple):

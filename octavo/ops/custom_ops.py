@@ -180,14 +180,22 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 @_op(
     "flash_bwd",
-    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse",
+    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, bool wants_dbias",
     num_outputs=6,
 )
 def _flash_bwd_op(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, *options: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    wants_dbias: bool,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     spec, t, backend = _unflatten(options)
-    arguments = (dout, q, k, v, out, softmax_lse, spec, t, dlse)
+    arguments = (dout, q, k, v, out, softmax_lse, replace(spec, wants_dbias=wants_dbias), t, dlse)
     gradients: Gradients = dispatch.run("flash_bwd", q.device, arguments, backend)
     # a custom op returns no None
     return tuple(q.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
@@ -195,10 +203,18 @@ def _flash_bwd_op(
 
 @_flash_bwd_op.register_fake
 def _(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, *options: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    wants_dbias: bool,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     _, t, _ = _unflatten([*options[: len(_TENSOR_OPTIONS)], None, *options[len(_TENSOR_OPTIONS) + 1 :]])
-    inputs = (q, k, v, t.qv, t.learnable_sink, t.attn_bias)
+    inputs = (q, k, v, t.qv, t.learnable_sink, t.attn_bias if wants_dbias else None)
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
@@ -216,10 +232,11 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     q, k, v, *options = tensors
     if dout is None:
         dout = torch.zeros_like(out)
+    wants_dbias = ctx.needs_input_grad[3 + _TENSOR_OPTIONS.index("attn_bias")]
     *gradients, dqv, dsink, dbias = _flash_bwd_op(
-        dout, dlse, q, k, v, out, softmax_lse, *options, *ctx.scalars, ctx.backend
+        dout, dlse, q, k, v, out, softmax_lse, wants_dbias, *options, *ctx.scalars, ctx.backend
     )
-    of_option = dict(zip(_DIFFERENTIABLE_OPTIONS, (dqv, dsink, dbias), strict=True))
+    of_option = dict(zip(_DIFFERENTIABLE_OPTIONS, (dqv, dsink, dbias if wants_dbias else None), strict=True))
     wanted = {name: x for name, x in zip(_TENSOR_OPTIONS, options, strict=False) if x is not None}
     rest = [of_option.get(name) if name in wanted else None for name in _TENSOR_OPTIONS]
     return (*gradients, *rest, *[None] * (_NUM_OPTIONS - len(_TENSOR_OPTIONS)))

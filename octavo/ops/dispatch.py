@@ -29,6 +29,14 @@ _MODULES = {
     "store_kv_cache": ("cache",),
     "store_latent_cache": ("cache",),
     "merge_attention_states": ("merge",),
+    "rms_norm": ("norm",),
+    "add_rms_norm": ("norm",),
+    "gated_activation": ("gated_activation",),
+    "rotate_and_store": ("rotary_cache",),
+    "rotate_and_store_latent": ("rotary_cache",),
+    "linear_small_batch": ("linear_small_batch",),
+    "route": ("moe",),
+    "mix_experts": ("moe",),
 }
 
 
@@ -115,7 +123,10 @@ def run(op: str, device: torch.device, arguments: tuple[Any, ...], backend: str 
     choice = choose(op, device, arguments, backend)
     if _override.interceptor is not None:
         return _override.interceptor(op, choice, arguments)
-    return choice.kernel(*arguments)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return choice.kernel(*arguments)
+    with torch.cuda.device(device):  # Triton launches on the current device, whichever holds the tensors
+        return choice.kernel(*arguments)
 
 
 @contextmanager

@@ -212,10 +212,14 @@ def test_options(backend, option, head_dim, dtype):
     check(backend, q, k, v, AttentionSpec(head_dim**-0.5, **scalars), t, dlse=option in ("sink", "window"), times=times)
 
 
-def test_dropout_draws_the_reference_mask(backend):
-    """No rule for the error of plain torch here, whose mask differs; fp16 output within its rounding."""
+@pytest.mark.parametrize("longest", [0, 300_000], ids=["", "offsets beyond 32 bits"])
+def test_dropout_draws_the_reference_mask(backend, longest):
+    """No rule for the error of plain torch here, whose mask differs; fp16 output within its rounding.
+
+    A longest sequence of 3·10⁵ puts the Philox offsets of every head but the first above 2³².
+    """
     spec = AttentionSpec(0.125, window_right=0, dropout_p=0.3)
-    t = AttentionTensors(dropout_seed=2**40 + 7)
+    t = AttentionTensors(dropout_seed=2**40 + 7, max_seqlen_q=longest, max_seqlen_k=longest)
     q, k, v = (randn(2, s, 4, 64, dtype=torch.float16, seed=s) for s in (150, 333, 333))
     out, lse = kernel(backend, "flash_fwd", "flash_fwd", q, k, v, spec, t)(q, k, v, spec, t)
     expected, expected_lse = reference_fwd(q.float(), k.float(), v.float(), spec, t)

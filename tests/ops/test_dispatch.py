@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -67,3 +68,21 @@ def test_imports_bring_neither_triton_nor_the_engine(module):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_kernel_runs_with_the_device_of_its_tensors_current(monkeypatch):
+    """Triton launches on the current device: a call on another GPU's tensors must change it, and change it back."""
+    current = [0]
+
+    @contextmanager
+    def make_current(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    choice = dispatch.Choice(lambda: current[-1], "triton", "triton.flash_fwd", {})
+    monkeypatch.setattr(dispatch, "choose", lambda *arguments: choice)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", make_current)
+    assert [dispatch.run("flash_fwd", torch.device("cuda", i), ()) for i in (0, 1)] == [0, 1]
+    assert current == [0]

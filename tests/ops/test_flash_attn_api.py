@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import octavo
 from octavo import ops
-from octavo.ops import custom_ops
+from octavo.ops import custom_ops, dispatch
 
 COMMON = ["dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic"]
 CU_SEQLENS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
@@ -147,6 +147,22 @@ def test_gradcheck(options, backend):
     assert torch.autograd.gradcheck(attend, inputs)
     if backend == "reference":
         assert torch.autograd.gradgradcheck(attend, inputs)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_gradient_of_a_bias_is_computed_only_where_wanted(wanted):
+    q, k, v = tensors(*[(1, 5, 2, 8)] * 3, grad=True)
+    bias = torch.randn(1, 2, 5, 5, requires_grad=wanted)
+    computed = []
+
+    def watch(op, choice, arguments):
+        results = choice.kernel(*arguments)
+        computed.extend([results.dbias] if op == "flash_bwd" else [])
+        return results
+
+    with dispatch.intercept(watch):
+        ops.flash_attn_func(q, k, v, attn_bias=bias).sum().backward()
+    assert [dbias is not None for dbias in computed] == [wanted]
 
 
 def test_double_backward_elsewhere_says_what_to_do():

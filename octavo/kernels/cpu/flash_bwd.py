@@ -45,8 +45,9 @@ def flash_bwd(
         return Gradients(*sdpa.backward(dout, q, k, v, out, softmax_lse, spec))
     dtype = compute_dtype(q)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    bias = t.attn_bias if spec.wants_dbias else None
     dqv, dsink, dbias = (
-        None if x is None else torch.zeros(x.shape, dtype=dtype) for x in (t.qv, t.learnable_sink, t.attn_bias)
+        None if x is None else torch.zeros(x.shape, dtype=dtype) for x in (t.qv, t.learnable_sink, bias)
     )
     # δ − dL, (…, Sq, Hq): what each row's dP is shifted by
     delta = (dout.to(dtype) * out.to(dtype)).sum(dim=-1)
@@ -78,7 +79,7 @@ def flash_bwd(
         dv,
         None if dqv is None or t.qv is None else dqv.to(t.qv.dtype),
         None if dsink is None or t.learnable_sink is None else dsink.to(t.learnable_sink.dtype),
-        None if dbias is None or t.attn_bias is None else dbias.to(t.attn_bias.dtype),
+        None if dbias is None or bias is None else dbias.to(bias.dtype),
     )
 
 

@@ -72,7 +72,7 @@ def flash_bwd(
         dv = dv + torch.einsum("bhij,bihd->bjhd", draw, call.qv)
     if t.learnable_sink is not None:
         dsink = (probs[..., sk:] * -delta).sum(dim=(0, 2, 3)).to(t.learnable_sink.dtype)
-    if t.attn_bias is not None:
+    if t.attn_bias is not None and spec.wants_dbias:
         dbias = dscores.sum_to_size(t.attn_bias.shape).to(t.attn_bias.dtype)
     return Gradients(
         _unpad(dq, q, t.cu_seqlens_q),

@@ -73,6 +73,7 @@ def flash_bwd(
     dlse: Tensor | None = None,
 ) -> Gradients:
     """Gradients in the dtypes of their tensors; `dlse` is the gradient that reached `softmax_lse`, if any did."""
+    bias = t.attn_bias if spec.wants_dbias else None
     q, k, v, out, dout = (contiguous_rows(x) for x in (q, k, v, out, dout))
     call = _prepare(dout, q, k, v, softmax_lse, spec, t)
     dq = (torch.empty_like if call.dense_q else torch.zeros_like)(q, memory_format=torch.contiguous_format)
@@ -84,7 +85,7 @@ def flash_bwd(
     if not call.dense_q:
         call.inputs[-1].zero_()
     if q.numel() == 0 or call.max_q == 0:
-        return Gradients(dq, dk.zero_(), dv.zero_(), dqv, *_no_gradients(t))
+        return Gradients(dq, dk.zero_(), dv.zero_(), dqv, *_no_gradients(t.learnable_sink, bias))
     _launch_delta(call, out, dout, dlse, t)
     more_inputs = t.attn_bias is not None or t.qv is not None
     widths = (call.shapes["BLOCK_D"], call.shapes["BLOCK_DV"])
@@ -92,13 +93,13 @@ def flash_bwd(
     if k.numel():
         _launch_dkdv(call, tiles.dkdv, dk, dv)
     _launch_dq(call, tiles.dq, dq, dqv)
-    dbias = None if t.attn_bias is None else _launch_dbias(call, t.attn_bias)
+    dbias = None if bias is None else _launch_dbias(call, bias)
     dsink = None if t.learnable_sink is None else _sink_gradient(t.learnable_sink, softmax_lse, call.inputs[-1])
     return Gradients(dq, dk, dv, dqv, dsink, dbias)
 
 
-def _no_gradients(t: AttentionTensors) -> tuple[Tensor | None, Tensor | None]:
-    return tuple(None if x is None else torch.zeros_like(x) for x in (t.learnable_sink, t.attn_bias))  # type: ignore[return-value]
+def _no_gradients(*options: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else torch.zeros_like(x) for x in options]
 
 
 def _prepare(

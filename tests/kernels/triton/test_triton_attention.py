@@ -127,6 +127,20 @@ def test_all_options_at_once():
     assert_forward_and_gradients(*dense(torch.float32), spec, t, dlse=True)
 
 
+def test_dropout_at_offsets_beyond_32_bits():
+    """A longest sequence of 3·10⁵ puts the Philox offsets of every head but the first above 2³²."""
+    spec = AttentionSpec(0.2, window_right=0, dropout_p=0.3)
+    t = AttentionTensors(dropout_seed=2**35 + 11, max_seqlen_q=300_000, max_seqlen_k=300_000)
+    assert_forward_and_gradients(*dense(torch.float32), spec, t)
+
+
+def test_a_bias_whose_gradient_nobody_wants_gets_none():
+    q, k, v = dense(torch.float32)
+    spec, t = AttentionSpec(0.2, wants_dbias=False), AttentionTensors(attn_bias=TENSORS["attn_bias"])
+    grads = flash_bwd(q.new_ones(B, SQ, HQ, DV), q, k, v, *flash_fwd(q, k, v, spec, t), spec, t)
+    assert grads.dbias is None
+
+
 @pytest.mark.parametrize("shape", [(B, 1, 1, SK), (SQ, SK), (1, 1, SQ, 1), (B, HQ, 1, 1), (1, HQ, SQ, SK)], ids=str)
 def test_bias_gradient_has_the_shape_of_the_bias(shape):
     t = AttentionTensors(attn_bias=randn(*shape, seed=8))

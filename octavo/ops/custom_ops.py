@@ -53,6 +53,23 @@ def flash_attention(
     return cast(tuple[Tensor, Tensor], _flash_fwd_op(q, k, v, *_flatten(spec, t, dropout_seed, backend)))
 
 
+def flash_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    spec: AttentionSpec,
+    t: AttentionTensors,
+    dropout_seed: Tensor | None = None,
+) -> Sequence[Tensor]:
+    """`Gradients` of `flash_attention`, for callers that call it themselves; those not computed are empty."""
+    options = _flatten(spec, t, dropout_seed, dispatch.forced_backend())
+    arguments = (dout, None, q, k, v, out, softmax_lse, spec.wants_dbias, *options)
+    return cast(Sequence[Tensor], (_flash_bwd_op if _traced(q) else _flash_bwd)(*arguments))
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -178,12 +195,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return _empty_out(q, v.shape[-1])
 
 
-@_op(
-    "flash_bwd",
-    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, bool wants_dbias",
-    num_outputs=6,
-)
-def _flash_bwd_op(
+def _flash_bwd(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -199,6 +211,13 @@ def _flash_bwd_op(
     gradients: Gradients = dispatch.run("flash_bwd", q.device, arguments, backend)
     # a custom op returns no None
     return tuple(q.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients)
+
+
+_flash_bwd_op = _op(
+    "flash_bwd",
+    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, bool wants_dbias",
+    num_outputs=6,
+)(_flash_bwd)
 
 
 @_flash_bwd_op.register_fake

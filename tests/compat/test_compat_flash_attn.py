@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import octavo
+from octavo.compat import flash_attn_interface as fa3
 from octavo.compat.flash_attn import bert_padding
+from octavo.compat.flash_attn import flash_attn_interface as fa2
 from octavo.compat.flash_attn.layers import rotary
 
 CALLER = """
@@ -18,7 +20,11 @@ import flash_attn
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 from flash_attn.flash_attn_interface import flash_attn_varlen_qkvpacked_func
+from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_varlen_backward
+from flash_attn.flash_attn_interface import _wrapped_flash_attn_backward
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb
+from flash_attn.ops.triton.rotary import apply_rotary
+from flash_attn_interface import flash_attn_func as flash_attn_3_func, get_scheduler_metadata
 assert importlib.util.find_spec("flash_attn") is not None
 print(flash_attn.__version__, flash_attn_func(*torch.randn(3, 2, 5, 4, 8)).shape)
 """
@@ -37,6 +43,11 @@ def test_code_written_for_flash_attn_runs():
 def test_a_real_flash_attn_is_not_replaced_under_its_callers():
     result = run("import sys, types; sys.modules['flash_attn'] = types.ModuleType('flash_attn');" + CALLER)
     assert "RuntimeError: flash_attn is imported already" in result.stderr
+
+
+def test_what_is_not_served_is_an_import_error():
+    result = run(CALLER + "import flash_attn.modules.mha")
+    assert "ModuleNotFoundError: No module named 'flash_attn.modules'" in result.stderr
 
 
 def test_unpad_and_pad_are_inverse():
@@ -92,9 +103,77 @@ def test_rotary_module_turns_q_and_k():
     torch.testing.assert_close(q_turned[0, 3], torch.cat([pairs[..., 0], pairs[..., 1]], dim=-1))
 
 
+def test_xpos_makes_scores_decay_with_distance_alone():
+    """q·k of tokens i and j carries ((channel + 0.4·dim) / 1.4·dim)^((i − j) / scale_base), whatever i is."""
+    module, plain = rotary.RotaryEmbedding(8, scale_base=16.0), rotary.RotaryEmbedding(8)
+    assert not module.state_dict()
+    qkv = torch.ones(1, 12, 3, 1, 8)
+    q, k, _ = module(qkv.clone())[0].unbind(1)
+    q_plain, k_plain, _ = plain(qkv.clone())[0].unbind(1)
+    scale = (torch.arange(0, 8, 2) + 0.4 * 8) / (1.4 * 8)
+    for i, j in ((9, 4), (5, 0), (11, 11)):
+        expected = q_plain[i, 0] * k_plain[j, 0] * (scale ** ((i - j) / 16.0)).repeat(2)
+        torch.testing.assert_close(q[i, 0] * k[j, 0], expected)
+
+
 def turn_at(position):
     """e^{i·position·ω} of the four frequencies of 8 channels."""
     return torch.polar(torch.ones(4), position * 10000.0 ** (-torch.arange(0, 8, 2) / 8))
+
+
+def test_halves_for_ring_attention_sum_to_the_whole():
+    """Each rank attends to its keys; outputs merge by their LSE, and gradients add up."""
+    q, k, v = (torch.randn(2, 12, 4, 8, requires_grad=True) for _ in range(3))
+    dout = torch.randn(2, 12, 4, 8)
+    expected, expected_lse = octavo.flash_attn_func(q, k, v, return_lse=True)
+    halves = [(k[:, :5].detach(), v[:, :5].detach()), (k[:, 5:].detach(), v[:, 5:].detach())]
+    parts = [fa2._flash_attn_forward(q.detach(), *half, 0.0, None, False) for half in halves]
+    out, lse = octavo.merge_attention_states([p[0] for p in parts], [p[1] for p in parts])
+    torch.testing.assert_close((out, lse), (expected, expected_lse))
+    dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
+    for half, keys in zip(halves, (slice(0, 5), slice(5, 12)), strict=True):
+        dq_part = torch.empty_like(q)
+        softmax_d = fa2._flash_attn_backward(
+            dout, q.detach(), *half, out, lse, dq_part, dk[:, keys], dv[:, keys], 0.0, None, False
+        )
+        dq += dq_part
+    torch.testing.assert_close((dq, dk, dv), torch.autograd.grad(expected, (q, k, v), dout))
+    torch.testing.assert_close(softmax_d, (out * dout).sum(-1).transpose(1, 2))
+
+
+def test_packed_halves_replay_the_dropout_of_their_rng_state():
+    q, k, v = (torch.randn(9, 2, 8, requires_grad=True) for _ in range(3))
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    packing = (cu, cu, 5, 5, 0.4, None, True)
+    inputs = [x.detach() for x in (q, k, v)]
+    out, lse, _, rng_state = fa2._flash_attn_varlen_forward(*inputs, *packing)
+    dq, dk, dv = (torch.empty_like(x) for x in inputs)
+    fa2._flash_attn_varlen_backward(out, *inputs, out, lse, dq, dk, dv, *packing, rng_state=rng_state)
+    # out is linear in v, so the gradient of out²/2 along v is |out|² of the same mask
+    torch.testing.assert_close((dv * v).sum(), out.square().sum())
+
+
+def test_flash_attn_3s_module():
+    q, k, v = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
+    expected, expected_lse = octavo.flash_attn_func(q, k, v, causal=True, return_lse=True)
+    out, lse = fa3.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    torch.testing.assert_close((out, lse), (expected, expected_lse))
+    torch.testing.assert_close(fa3.flash_attn_qkvpacked_func(torch.cat((q, k, v), 2), causal=True, num_heads_q=4), out)
+    cu = torch.tensor([0, 6, 12], dtype=torch.int32)
+    packed = fa3.flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), cu, cu, 6, 6, causal=True)
+    torch.testing.assert_close(packed, expected.flatten(0, 1))
+    lengths = torch.tensor([6, 6], dtype=torch.int32)
+    dense = fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, causal=True)
+    pages = torch.arange(2, dtype=torch.int32)[:, None]
+    ragged = fa3.flash_attn_with_kvcache(
+        q.flatten(0, 1), k, v, cache_seqlens=lengths, page_table=pages, cu_seqlens_q=cu, max_seqlen_q=6, causal=True
+    )
+    torch.testing.assert_close((dense, ragged), (expected, expected.flatten(0, 1)))
+    parts = [octavo.flash_attn_func(q, k[:, s], v[:, s], return_lse=True) for s in (slice(0, 2), slice(2, 6))]
+    outs, lses = torch.stack([p[0] for p in parts]), torch.stack([p[1].transpose(1, 2) for p in parts])
+    torch.testing.assert_close(fa3.flash_attn_combine(outs, lses)[0], octavo.flash_attn_func(q, k, v))
+    with pytest.raises(ValueError, match="k_descale: not served"):
+        fa3.flash_attn_func(q, k, v, k_descale=torch.ones(2, 2))
 
 
 def test_top_level_functions_are_ours():

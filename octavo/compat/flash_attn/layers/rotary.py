@@ -69,9 +69,12 @@ def apply_rotary_emb_kv_(
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Rotates qkv, or q and kv, in place by tables that grow with the longest sequence seen.
+    """Rotates qkv, or q and kv, in place by tables as long as the call needs.
 
-    dim: channels that rotate. base: of the frequencies. interleaved: the layout. XPos (scale_base) is not offered.
+    dim: channels that rotate. base: of the frequencies. interleaved: the layout. scale_base: XPos (Sun et al., "A
+    Length-Extrapolatable Transformer", 2022): q grows and k shrinks by ((channel + 0.4·dim) / (1.4·dim)) raised to
+    (position − half the tables' length) / scale_base, so that scores decay with distance. With a cache of keys give
+    every call the same max_seqlen, which fixes that length.
     """
 
     def __init__(
@@ -83,12 +86,13 @@ class RotaryEmbedding(torch.nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        if scale_base is not None:
-            raise ValueError(f"scale_base: expected None (XPos is not offered), got {scale_base}")
-        self.dim, self.base, self.interleaved = dim, float(base), interleaved
-        exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
+        self.dim, self.base, self.interleaved, self.scale_base = dim, float(base), interleaved, scale_base
+        channels = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
         self.inv_freq: Tensor
-        self.register_buffer("inv_freq", self.base**-exponents, persistent=False)
+        self.register_buffer("inv_freq", self.base ** -(channels / dim), persistent=False)
+        self.scale: Tensor | None
+        scale = None if scale_base is None else (channels + 0.4 * dim) / (1.4 * dim)
+        self.register_buffer("scale", scale, persistent=False)
 
     def forward(
         self,
@@ -99,14 +103,25 @@ class RotaryEmbedding(torch.nn.Module):
         num_heads_q: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """qkv as `apply_rotary_emb_qkv_` takes it; with kv (B, S, 2, H, D), qkv is q (B, S, H, D) alone."""
-        last = max_seqlen or qkv.shape[1] + int(torch.as_tensor(seqlen_offset).max())
-        angles = torch.outer(torch.arange(last, device=qkv.device, dtype=torch.float32), self.inv_freq)
-        cos, sin = angles.cos(), angles.sin()
+        (cos, sin), (cos_k, sin_k) = self._tables(
+            max_seqlen or qkv.shape[1] + int(torch.as_tensor(seqlen_offset).max()), qkv.device
+        )
         if kv is None:
-            layout = {"interleaved": self.interleaved, "seqlen_offsets": seqlen_offset}
-            return apply_rotary_emb_qkv_(qkv, cos, sin, num_heads_q=num_heads_q, **layout)  # type: ignore[arg-type]
+            return apply_rotary_emb_qkv_(
+                qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q=num_heads_q
+            )
         q = apply_rotary_emb(qkv, cos, sin, self.interleaved, True, seqlen_offset)
-        return q, apply_rotary_emb_kv_(kv, cos, sin, self.interleaved, seqlen_offset)
+        return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
+
+    def _tables(self, length: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """(cos, sin), each (length, dim / 2), for q and for k."""
+        positions = torch.arange(length, device=device, dtype=torch.float32)
+        angles = torch.outer(positions, self.inv_freq)
+        cos, sin = angles.cos(), angles.sin()
+        if self.scale is None or self.scale_base is None:
+            return [(cos, sin), (cos, sin)]
+        growth = self.scale ** ((positions - length // 2) / self.scale_base)[:, None]
+        return [(cos * growth, sin * growth), (cos / growth, sin / growth)]
 
 
 def _offsets(seqlen_offsets: int | Tensor, batch: int, device: torch.device) -> Tensor:

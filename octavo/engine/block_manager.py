@@ -121,7 +121,8 @@ class BlockManager:
         self.num_promised_blocks -= kept
         seq.num_writable_tokens = len(seq.block_table) * self.block_size
         if self.prefix_cache is not None:
-            self._name_full_blocks(self.prefix_cache, seq, num_tokens // self.block_size)
+            num_known = min(num_tokens, len(seq.token_ids))
+            self._name_full_blocks(self.prefix_cache, seq, num_known // self.block_size)
         return copy
 
     def _writes_shared_block(self, seq: Sequence) -> bool:
@@ -230,7 +231,8 @@ class BlockManager:
 
     def _check_table(self, seq: Sequence) -> None:
         assert len(set(seq.block_table)) == len(seq.block_table)
-        assert self.blocks_for(seq.num_computed_tokens) <= len(seq.block_table) <= self.blocks_for(len(seq.token_ids))
+        num_tokens = len(seq.token_ids) + seq.num_pending_tokens
+        assert self.blocks_for(seq.num_computed_tokens) <= len(seq.block_table) <= self.blocks_for(num_tokens)
         assert seq.num_writable_tokens <= len(seq.block_table) * self.block_size
         if seq.num_writable_tokens:
             shared = [

@@ -118,7 +118,8 @@ class LLMEngine:
         stream: bool = False,
         prompt_text: str | None = None,
     ) -> None:
-        """Accepts one prompt, text or token ids. `stream`: `step` reports after each token, not only at the end.
+        """Accepts one prompt, text or token ids. `stream`: `step` reports what is new after each token,
+        not everything at the end.
         `prompt_text`: of token ids that came from a text, to be repeated in the output.
 
         Raises ValueError, naming the field, for whatever could not be served; nothing has changed then.
@@ -220,29 +221,23 @@ class LLMEngine:
             result = self.runner.execute(output)
         except Exception:
             logger.exception("A step of %d sequences failed; their requests end with an error", len(output.scheduled))
-            return [self._close(self._live[request.request_id]) for request in self.scheduler.fail_step(output)]
+            return [self._close(self._live[request.request_id]) for request in self.scheduler.fail_step()]
         outputs = self._record(self.scheduler.update(output, result), result)
         if self.memory_trace is not None:
             self.memory_trace.sample()
         return outputs
 
-    def _record(self, rows: list[SequenceState], result: StepResult) -> list[RequestOutput]:
+    def _record(self, rows: list[SequenceState | None], result: StepResult) -> list[RequestOutput]:
         """Text, log probabilities and stop strings of the new tokens, for the requests that look at every token."""
-        self.num_generated_tokens += len(rows)
         attentive, finished = self._attentive, SequenceStatus.FINISHED
         touched: dict[str, LiveRequest | BeamSearch] = {}
-        if attentive:
-            interesting = [
-                row for row, seq in enumerate(rows) if seq.request.request_id in attentive or seq.status is finished
-            ]
-        else:
-            interesting = [row for row, seq in enumerate(rows) if seq.status is finished]
-        for row in interesting:
-            request_id = rows[row].request.request_id
-            live = self._live.get(request_id)
-            if live is not None:  # not aborted while the step ran
-                touched[request_id] = live
-                self._attend(live, rows[row], row, result)
+        for row, seq in enumerate(rows):
+            if seq is None:
+                continue
+            self.num_generated_tokens += 1
+            if seq.status is finished or (attentive and seq.request.request_id in attentive):
+                live = touched[seq.request.request_id] = self._live[seq.request.request_id]
+                self._attend(live, seq, row, result)
         return self._outputs(touched.values())
 
     def _attend(self, live: LiveRequest | BeamSearch, seq: SequenceState, row: int, result: StepResult) -> None:

@@ -60,7 +60,7 @@ class TokenRules:
             logits.index_add_(0, *self._bias)
         if self._forbidden is not None:
             logits.masked_fill_(self._forbidden, _NEVER)
-        forbidden = list(self._ending) if seq.num_output_tokens < self._min_tokens else []
+        forbidden = list(self._ending) if seq.num_sampled_tokens < self._min_tokens else []
         for word in self._bad_words:
             begun = len(word) - 1
             if begun <= seq.num_output_tokens and seq.token_ids[seq.num_tokens - begun :] == word[:-1]:

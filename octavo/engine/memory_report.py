@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from octavo.engine.contiguous_allocator import RESERVATIONS, ContiguousUse, Span, simulate_contiguous
 from octavo.engine.request import Request, Sequence
 from octavo.engine.scheduler import Scheduler
-from octavo.engine.step import ScheduledSequence
 
 PARTS = ("used", "reserved", "internal", "external", "cached", "free")
 
@@ -72,11 +71,11 @@ def measure(scheduler: Scheduler) -> MemoryReport:
     """The live cache, at any time, also in mid-step. O(sequences + the step's new blocks), and a count over blocks."""
     blocks, config = scheduler.blocks, scheduler.config
     size = config.block_size
-    new_tokens = {entry.seq.seq_id: entry.num_new_tokens for entry in _entries(scheduler)}
+    new_tokens = {entry.seq.seq_id: entry.num_new_tokens for entry in scheduler.uncomputed()}
     written: dict[int, int] = {}  # live blocks that are not full → slots written
     pending: dict[int, int] = {}  # of these → slots that the step in flight writes
     computed = 0
-    for seq in block_holders(scheduler):
+    for seq in scheduler.holders():
         computed += seq.num_computed_tokens
         end = seq.num_computed_tokens + new_tokens.get(seq.seq_id, 0)
         for index in range(seq.num_computed_tokens // size, len(seq.block_table)):
@@ -105,23 +104,13 @@ def measure(scheduler: Scheduler) -> MemoryReport:
     )
 
 
-def block_holders(scheduler: Scheduler) -> List[Sequence]:
-    """All sequences with blocks, those included that were finished in flight and give them back at update."""
-    leaving = [entry.seq for entry in _entries(scheduler) if entry.seq.finished]
-    return [*scheduler.prefilling, *scheduler.decoding, *scheduler.awaiting, *leaving]
-
-
-def _entries(scheduler: Scheduler) -> tuple[ScheduledSequence, ...]:
-    return scheduler.in_flight.scheduled if scheduler.in_flight else ()
-
-
 def block_map(scheduler: Scheduler, owners: dict[str, int]) -> bytes:
     """One cell for each block. owners: request id → number, extended here with requests not seen before."""
     blocks, size = scheduler.blocks, scheduler.config.block_size
     cells = bytearray(scheduler.config.num_blocks)
     for block in blocks.prefix_cache.idle_blocks if blocks.prefix_cache else ():
         cells[block] = CACHED
-    for seq in block_holders(scheduler):
+    for seq in scheduler.holders():
         owner = FIRST_OWNER + owners.setdefault(seq.request.request_id, len(owners)) % NUM_OWNERS
         for block in seq.block_table:
             cells[block] = SHARED if blocks.ref_counts[block] > 1 else owner

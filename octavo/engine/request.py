@@ -35,7 +35,9 @@ class Sequence:
     in between it does not change, even when the request is aborted.
 
     seq_id: unique in the process. index: which of the request's candidates. token_ids: prompt and output.
-    num_computed_tokens: leading tokens whose keys and values are in the cache. num_cached_tokens: those that the prefix
+    num_pending_tokens: 1 while a step in flight samples the next token, whose place is taken but whose value is not
+    known; else 0. num_computed_tokens: leading tokens whose keys and values are in the cache (or will be, by a step in
+    flight that has a successor). num_cached_tokens: those that the prefix
     cache gave at the first admission. block_table: block of each block_size tokens. finish_reason, stop_reason: as in
     CompletionOutput.
     awaiting_token: of a beam search, every token is computed and the engine has not yet appended the next.
@@ -53,6 +55,7 @@ class Sequence:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_named_blocks",
+        "num_pending_tokens",
         "num_promised_blocks",
         "num_prompt_tokens",
         "num_writable_tokens",
@@ -72,6 +75,7 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
+        self.num_pending_tokens = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the leading full blocks, as far as known
         self.num_named_blocks = 0  # leading blocks that the prefix cache knows
@@ -100,6 +104,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_sampled_tokens(self) -> int:
+        """Output tokens, those included whose value is pending."""
+        return len(self.token_ids) + self.num_pending_tokens - self.num_prompt_tokens
+
+    @property
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
@@ -116,6 +125,8 @@ class Request:
 
     request_id: unique among the live requests. prompt_token_ids: at least one id, none negative. priority: lower runs
     first under the "priority" policy. cache_salt: requests share cached blocks only with those of the same salt.
+    looks_back: the choice of its next token needs the values of those before it beyond what the model sees (penalties,
+    bad words, beams), so no step with it is scheduled before the last one is read.
     eos_token_ids: end the output unless params.ignore_eos. arrival_time: seconds of time.monotonic.
     """
 
@@ -139,6 +150,7 @@ class Request:
         stop_ids = params.stop_token_ids if isinstance(params, SamplingParams) else ()
         self.ending_token_ids = self.eos_token_ids | frozenset(stop_ids)
         self.is_beam_search = isinstance(params, BeamSearchParams)
+        self.looks_back = params.looks_back if isinstance(params, SamplingParams) else True
         self.sequences = [Sequence(self, 0, list(self.prompt_token_ids))]
         self.num_created_sequences = 1
         self.forked = self.num_candidates == 1  # once true, each sequence samples one token per step

@@ -87,6 +87,15 @@ class _RandomRows:
     top_p: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class DrawnTokens:
+    """tokens (rows,) int64 on the device, and what is needed to report them."""
+
+    tokens: Tensor
+    reports: list[tuple[_LogprobWish, Tensor]]
+    penalised: _PenalisedRows | None
+
+
 @dataclass(slots=True)
 class _Slot:
     """One sequence's parameters, made once."""
@@ -130,7 +139,19 @@ class Sampler:
         entries: Sequence[ScheduledSequence],
         token_bitmasks: Mapping[int, Tensor] | None = None,
     ) -> SampledTokens:
-        """Args:
+        """`draw`, then `report`."""
+        drawn = self.draw(logits, entries, token_bitmasks)
+        return self.report(drawn, drawn.tokens.tolist())
+
+    def draw(
+        self,
+        logits: Tensor,
+        entries: Sequence[ScheduledSequence],
+        token_bitmasks: Mapping[int, Tensor] | None = None,
+    ) -> "DrawnTokens":
+        """The tokens on the device: on a GPU, requests that do not look back are drawn without waiting for it.
+
+        Args:
         logits: (N, V) fp32, a row for each entry; overwritten.
         entries: what the scheduler wants sampled.
         token_bitmasks: by seq_id, int32 (ceil(V / 32),): only tokens whose bit is set may be drawn.
@@ -145,13 +166,15 @@ class Sampler:
         self._apply_rules(logits, batch, token_bitmasks)
         if (penalised := batch.penalised) is not None:
             self._penalties.apply(logits, penalised.rows_tensor, penalised.table_rows, penalised.penalties)
-        tokens = self._draw(logits, batch)
-        token_ids: list[int] = tokens.tolist()
-        if penalised is not None:
+        return DrawnTokens(self._draw(logits, batch), reports, penalised)
+
+    def report(self, drawn: "DrawnTokens", token_ids: list[int]) -> SampledTokens:
+        """What the scheduler records of them; `token_ids` are theirs, read back. In the order of the draws."""
+        if (penalised := drawn.penalised) is not None:
             self._penalties.record(penalised.table_rows, np.array(token_ids, dtype=np.int64)[penalised.rows])
-        if not reports:
+        if not drawn.reports:
             return SampledTokens(token_ids, None, {})
-        return _report(token_ids, reports)
+        return _report(token_ids, drawn.reports)
 
     def _apply_rules(self, logits: Tensor, batch: _Batch, token_bitmasks: Mapping[int, Tensor] | None) -> None:
         for row, rules in batch.rules:
@@ -173,9 +196,7 @@ class Sampler:
         return tokens
 
     def _draw_random(self, logits: Tensor, random: _RandomRows, sequences: list[SequenceState]) -> Tensor:
-        positions = np.fromiter(
-            [len(seq.token_ids) - seq.num_prompt_tokens for seq in sequences], np.int64, len(sequences)
-        )
+        positions = np.fromiter([seq.num_sampled_tokens for seq in sequences], np.int64, len(sequences))
         uniform = torch.from_numpy(uniforms(random.seeds, positions)).to(self._device)
         logits = logits / random.temperature
         if random.log_min_p is not None:

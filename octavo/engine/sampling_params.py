@@ -125,6 +125,12 @@ class SamplingParams(FromDict):
     skip_special_tokens: bool = True
     detokenize: bool = True
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether the choice of a token needs the values of the output before it, beyond what the model sees."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+        return penalties != (0.0, 0.0, 1.0) or bool(self.bad_words)
+
     def __post_init__(self) -> None:
         for field in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
             _boolean(field, getattr(self, field))

@@ -30,9 +30,12 @@ _order = attrgetter("order")
 
 
 class Scheduler:
-    """Owns requests from `add_request` until they have finished; not thread-safe. One step at a time is in flight:
-    schedule → (run) → update. `abort` and `finish` may be called at any time; a sequence in flight keeps its blocks
-    until update."""
+    """Owns requests from `add_request` until they have finished; not thread-safe.
+
+    A step goes schedule → (run) → update. While one is in flight, `schedule_ahead` may decide the next, so that a GPU
+    never waits for its tokens to be read: steps are recorded in their order, and at most two are in flight. `abort` and
+    `finish` may be called at any time; a sequence in flight keeps its blocks until the update of its last step.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -43,7 +46,10 @@ class Scheduler:
         self.decoding: list[Sequence] = []
         self.awaiting: list[Sequence] = []
         self.num_preemptions = 0
-        self.in_flight: SchedulerOutput | None = None
+        self.in_flight: list[SchedulerOutput] = []  # oldest first
+        self._assumed: SchedulerOutput | None = None  # the last step in flight that `_assume` moved on
+        self._forks_in_flight = False
+        self._num_looking_back = 0  # requests whose next token needs the values of those before it
         self._num_arrivals = 0
 
     # Requests in
@@ -52,6 +58,7 @@ class Scheduler:
         """Accepts a request, or refuses it with a ValueError if it could never run here."""
         self._refuse_unservable(request)
         self.requests[request.request_id] = request
+        self._num_looking_back += request.looks_back
         self._num_arrivals += 1
         priority = request.priority if self.config.scheduling_policy == "priority" else 0
         (seq,) = request.sequences
@@ -95,8 +102,33 @@ class Scheduler:
     # A step out
 
     def schedule(self) -> SchedulerOutput:
-        """Decides the next step. It is empty only when nothing is left to compute."""
-        assert self.in_flight is None, "update the step in flight first"
+        """Decides the next step, with none in flight. It is empty only when nothing is left to compute."""
+        assert not self.in_flight, "update the step in flight first"
+        output = self._decide()
+        assert output.scheduled or not (self.waiting or self.decoding or self.prefilling), "something can always run"
+        return self._launch(output)
+
+    def schedule_ahead(self) -> SchedulerOutput | None:
+        """Decides the step after the one in flight, whose tokens are not known yet; None when that has to wait for them
+        or when nothing would run.
+
+        It waits for requests that look back at their tokens, for forks, and where memory is short: a sequence in flight
+        is never preempted. A sequence that turns out to have ended is computed once too often; that token is dropped.
+        """
+        if len(self.in_flight) != 1 or self._num_looking_back or self.awaiting:
+            return None
+        self._assume(self.in_flight[0])
+        if self._forks_in_flight or len(self.decoding) > self.blocks.num_unpromised_blocks:
+            return None  # each decode takes at most one block
+        output = self._decide()
+        return self._launch(output) if output.scheduled else None
+
+    def _launch(self, output: SchedulerOutput) -> SchedulerOutput:
+        self.in_flight.append(output)
+        self.blocks.begin_step()
+        return output
+
+    def _decide(self) -> SchedulerOutput:
         scheduled: list[ScheduledSequence] = []
         copies: list[BlockCopy] = []
         preempted: list[Sequence] = []
@@ -105,11 +137,8 @@ class Scheduler:
         budget = self._schedule_prefills(scheduled, budget)
         if self.waiting and not (preempted and scheduled):
             budget = self._admit(scheduled, budget, preempted)
-        assert scheduled or not (self.waiting or self.decoding or self.prefilling), "nothing runs: this must not happen"
         num_batched_tokens = self.config.max_num_batched_tokens - budget
-        self.in_flight = SchedulerOutput(tuple(scheduled), tuple(copies), tuple(preempted), num_batched_tokens)
-        self.blocks.begin_step()
-        return self.in_flight
+        return SchedulerOutput(tuple(scheduled), tuple(copies), tuple(preempted), num_batched_tokens)
 
     def _schedule_decodes(
         self, scheduled: list[ScheduledSequence], copies: list[BlockCopy], preempted: list[Sequence]
@@ -117,17 +146,17 @@ class Scheduler:
         while len(self.decoding) > self.config.max_num_seqs:  # a beam search forked beyond its seats
             self._preempt(self.decoding[-1], preempted)
         for seq in self.decoding:  # shrinks at its end while we walk: who is preempted is last in order
-            if len(seq.token_ids) > seq.num_writable_tokens:
+            if seq.num_computed_tokens >= seq.num_writable_tokens:
                 if not self._make_room(seq, preempted):
                     break
-                copy = self.blocks.extend(seq, len(seq.token_ids))
+                copy = self.blocks.extend(seq, seq.num_computed_tokens + 1)
                 if copy is not None:
                     copies.append(copy)
             scheduled.append(seq.decode_entry)
 
     def _make_room(self, seq: Sequence, preempted: list[Sequence]) -> bool:
         """Preempts from the last in order until the next token of seq has a slot; False if it came to seq itself."""
-        while self.blocks.blocks_needed(seq, len(seq.token_ids)) > self.blocks.num_unpromised_blocks:
+        while self.blocks.blocks_needed(seq, seq.num_computed_tokens + 1) > self.blocks.num_unpromised_blocks:
             holders = (self.decoding, self.prefilling, self.awaiting)
             last = max((group[-1] for group in holders if group), key=_order)
             self._preempt(last, preempted)
@@ -205,30 +234,32 @@ class Scheduler:
 
     # A step's result in
 
-    def update(self, output: SchedulerOutput, result: StepResult) -> list[Sequence]:
-        """Records a step. Returns the sequence of each row of the result, in its order, so that `zip` pairs each with
-        its new token.
+    def update(self, output: SchedulerOutput, result: StepResult) -> list[Sequence | None]:
+        """Records the oldest step in flight. Returns the sequence of each row of the result, in its order, so that
+        `zip` pairs each with its new token.
 
-        A row whose sequence was aborted meanwhile is returned, too, with finish_reason set; its token was dropped. A
-        beam's token is not appended either: its `awaiting_token` is set, and the engine calls `append`, `fork` and
-        `finish` before the next schedule.
+        None stands for a sequence that had ended before: aborted meanwhile, or by the token before, which was not known
+        when the step was scheduled; the token was dropped. A beam's token is not appended either: its `awaiting_token`
+        is set, and the engine calls `append`, `fork` and `finish` before the next schedule.
         """
-        assert output is self.in_flight, "steps are recorded in the order in which they were scheduled"
-        self.in_flight = None
+        assert output is self.in_flight[0], "steps are recorded in the order in which they were scheduled"
+        self._assume(output)
+        del self.in_flight[0]
+        self._forks_in_flight = False
         self.blocks.end_step()
-        rows: list[Sequence] = []
+        rows: list[Sequence | None] = []
         token_ids, logprobs = result.token_ids, result.logprobs
         running = SequenceStatus.RUNNING
         for entry in output.scheduled:
-            seq, num_new_tokens, num_samples = entry
-            seq.num_computed_tokens += num_new_tokens
+            seq = entry.seq
             if entry is not seq.decode_entry or seq.status is not running or seq.request.is_beam_search:
-                self._record_rare(seq, num_samples, result, rows)
+                self._record_rare(seq, entry.num_samples, result, rows)
                 continue
             token_id = token_ids[len(rows)]
             if logprobs is not None:
                 seq.cumulative_logprob += logprobs[len(rows)]
             seq.token_ids.append(token_id)
+            seq.num_pending_tokens = 0
             rows.append(seq)
             if token_id in seq.request.ending_token_ids or len(seq.token_ids) >= seq.max_tokens_total:
                 self._end_if_over(seq)
@@ -238,19 +269,42 @@ class Scheduler:
             recorded[chunk.start : chunk.start + len(chunk.logprobs)] = chunk.logprobs
         return rows
 
-    def _record_rare(self, seq: Sequence, num_samples: int, result: StepResult, rows: list[Sequence]) -> None:
+    def _assume(self, output: SchedulerOutput) -> None:
+        """Moves the sequences of a step in flight on, as far as that is known before its tokens are: what is computed
+        counts as computed, a sampled token is pending, and who has then reached the greatest length leaves the queue."""
+        if self._assumed is output:
+            return
+        self._assumed = output
+        for entry in output.scheduled:
+            seq, num_new_tokens, num_samples = entry
+            seq.num_computed_tokens += num_new_tokens
+            if not num_samples or seq.finished or seq.request.is_beam_search:
+                continue
+            seq.num_pending_tokens = 1
+            if num_samples > 1:
+                self._forks_in_flight = True
+            elif len(seq.token_ids) + 1 >= seq.max_tokens_total:
+                self._leave_list(seq)
+            elif entry is not seq.decode_entry:
+                self._leave_list(seq)
+                insort(self.decoding, seq, key=_order)
+
+    def _record_rare(self, seq: Sequence, num_samples: int, result: StepResult, rows: list[Sequence | None]) -> None:
         """Chunks, ends of prompts, beams, and sequences that finished in flight."""
         if seq.finished:
-            self.blocks.free(seq)
-            rows.extend([seq] * num_samples)
+            if not self._is_in_flight(seq):
+                self.blocks.free(seq)
+            rows.extend([None] * num_samples)
         elif num_samples and seq.request.is_beam_search:
             self._leave_list(seq)
             insort(self.awaiting, seq, key=_order)
             seq.awaiting_token = True
             rows.append(seq)
         elif num_samples:
-            self._leave_list(seq)
-            insort(self.decoding, seq, key=_order)
+            seq.num_pending_tokens = 0
+            if num_samples > 1:
+                self._leave_list(seq)
+                insort(self.decoding, seq, key=_order)
             candidates = [seq, *(self.fork(seq) for _ in range(num_samples - 1))]
             metrics = seq.request.metrics
             if metrics.first_token_time is None:
@@ -273,16 +327,18 @@ class Scheduler:
         elif len(seq.token_ids) >= seq.max_tokens_total:
             self.finish(seq, "length")
 
-    def fail_step(self, output: SchedulerOutput) -> list[Request]:
-        """Ends a step that raised: its requests finish with reason "error" and are returned; the others go on
-        unharmed."""
-        assert output is self.in_flight
-        self.in_flight = None
-        self.blocks.end_step()
-        failed = {entry.seq.request.request_id: entry.seq.request for entry in output.scheduled}
-        for entry in output.scheduled:
-            if entry.seq.finished:
-                self.blocks.free(entry.seq)
+    def fail_step(self) -> list[Request]:
+        """Ends all steps in flight after one raised: their requests finish with reason "error" and are returned; the
+        others go on unharmed."""
+        entries = [entry for output in self.in_flight for entry in output.scheduled]
+        for _ in self.in_flight:
+            self.blocks.end_step()
+        self.in_flight.clear()
+        self._forks_in_flight = False
+        failed = {entry.seq.request.request_id: entry.seq.request for entry in entries}
+        for seq in {entry.seq.seq_id: entry.seq for entry in entries}.values():
+            if seq.finished:
+                self.blocks.free(seq)
         for request in failed.values():
             self._finish_all(request, "error")
         self.blocks.forget_prefixes()
@@ -315,15 +371,16 @@ class Scheduler:
             request.sequences.remove(seq)
         if request.finished:
             del self.requests[request.request_id]
+            self._num_looking_back -= request.looks_back
             request.metrics.finished_time = time.monotonic()
 
     def _is_in_flight(self, seq: Sequence) -> bool:
-        return self.in_flight is not None and any(entry.seq is seq for entry in self.in_flight.scheduled)
+        return any(entry.seq is seq for output in self.in_flight for entry in output.scheduled)
 
     def fork(self, parent: Sequence) -> Sequence:
         """A new candidate with the parent's tokens and, copy-on-write, its blocks. Between steps only; fork before you
         finish the parent."""
-        assert self.in_flight is None
+        assert not self.in_flight
         assert not parent.finished
         request = parent.request
         child = Sequence(request, request.num_created_sequences, list(parent.token_ids))
@@ -350,7 +407,18 @@ class Scheduler:
         self._leave_list(seq)
         insort(self.decoding if seq.status is SequenceStatus.RUNNING else self.waiting, seq, key=_order)
 
-    # Proof
+    # Views, and proof
+
+    def holders(self) -> list[Sequence]:
+        """All sequences with blocks: those in the queues, and those that have left them but are still in flight."""
+        queues = {seq.seq_id: seq for seq in (*self.prefilling, *self.decoding, *self.awaiting)}
+        flying = {entry.seq.seq_id: entry.seq for step in self.in_flight for entry in step.scheduled}
+        return list((flying | queues).values())
+
+    def uncomputed(self) -> tuple[ScheduledSequence, ...]:
+        """Of the newest step in flight, if its tokens do not count as computed yet."""
+        newest = self.in_flight[-1] if self.in_flight else None
+        return () if newest is None or newest is self._assumed else newest.scheduled
 
     def check_integrity(self) -> None:
         """Asserts every invariant of the queues, the requests and the blocks."""
@@ -358,20 +426,23 @@ class Scheduler:
             orders = [seq.order for seq in group]
             assert all(a < b for a, b in pairwise(orders)), "sorted, and nobody twice"
         assert all(seq.status is SequenceStatus.WAITING and not seq.block_table for seq in self.waiting)
-        holders = [*self.prefilling, *self.decoding, *self.awaiting]
-        assert all(seq.status is SequenceStatus.RUNNING for seq in holders)
-        assert all(seq.num_computed_tokens < len(seq.token_ids) for seq in self.prefilling)
-        assert all(seq.num_computed_tokens == len(seq.token_ids) - 1 for seq in self.decoding)
+        queues = [*self.prefilling, *self.decoding, *self.awaiting]
+        assert all(seq.status is SequenceStatus.RUNNING for seq in queues)
+        for seq in (*queues, *self.waiting):
+            assert seq.num_pending_tokens == 0 or (self._is_in_flight(seq) and self._assumed is self.in_flight[0])
+        for seq in self.prefilling:
+            assert seq.num_computed_tokens < len(seq.token_ids) + seq.num_pending_tokens
+        for seq in self.decoding:
+            assert seq.num_computed_tokens == len(seq.token_ids) + seq.num_pending_tokens - 1
         assert all(seq.num_computed_tokens == len(seq.token_ids) and seq.awaiting_token for seq in self.awaiting)
-        queued = {id(seq) for seq in (*holders, *self.waiting)}
+        kept = {id(seq) for seq in (*self.holders(), *self.waiting)}
         for request in self.requests.values():
             live = [seq for seq in request.sequences if not seq.finished]
             assert live, "a request without live sequences has finished"
-            assert all((id(seq) in queued) or seq.awaiting_token for seq in live), "no sequence is lost"
+            assert all((id(seq) in kept) or seq.awaiting_token for seq in live), "no sequence is lost"
             assert all(len(seq.token_ids) < seq.max_tokens_total or request.is_beam_search for seq in live)
-        entries = self.in_flight.scheduled if self.in_flight else ()
-        leaving = [entry.seq for entry in entries if entry.seq.finished]
-        self.blocks.check_integrity([*holders, *leaving])
+        assert self._num_looking_back == sum(request.looks_back for request in self.requests.values())
+        self.blocks.check_integrity(self.holders())
 
 
 def _seats(seq: Sequence) -> int:

@@ -16,7 +16,6 @@ from octavo.engine.memory_report import (
     SHARED,
     TAIL,
     MemoryTrace,
-    block_holders,
     block_map,
     measure,
 )
@@ -51,7 +50,7 @@ def add_mixed(scheduler: Scheduler, rng: random.Random, count: int, prompts: tup
 def count_slots(scheduler: Scheduler) -> tuple[int, int]:
     """Physical slots that hold tokens, and slots that sharing saves, counted one by one."""
     size, slots, logical = scheduler.config.block_size, set(), 0
-    for seq in block_holders(scheduler):
+    for seq in scheduler.holders():
         logical += seq.num_computed_tokens
         slots |= {(seq.block_table[p // size], p % size) for p in range(seq.num_computed_tokens)}
     return len(slots), logical - len(slots)

@@ -189,17 +189,17 @@ def test_an_abort_in_flight_leaves_the_sequence_whole_until_update() -> None:
     assert request.sequences[0].block_table == table
     assert scheduler.blocks.num_free_blocks == 18
     rows = scheduler.update(output, StepResult([7, 8]))
-    assert rows == [request.sequences[0]] * 2
-    assert rows[0].finish_reason == "abort"
-    assert rows[0].output_token_ids == []
+    assert rows == [None, None]
+    assert request.sequences[0].finish_reason == "abort"
+    assert request.sequences[0].output_token_ids == []
     assert scheduler.blocks.num_free_blocks == 20
 
 
 def test_a_failed_step_ends_its_requests_and_its_blocks_are_never_found_again() -> None:
     scheduler = make_scheduler()
     failed = add(scheduler, "a", 9)
-    output = scheduler.schedule()
-    assert scheduler.fail_step(output) == [failed]
+    scheduler.schedule()
+    assert scheduler.fail_step() == [failed]
     assert failed.sequences[0].finish_reason == "error"
     add(scheduler, "b", 9)
     assert sizes(step(scheduler)[0]) == {"b": 9}, "blocks that were named but not written must not be reused"

@@ -46,34 +46,64 @@ def likeliest(token_ids: list[int], width: int) -> list[tuple[float, int]]:
 
 
 @dataclass
+class Launched:
+    """A step as the device gets it: what the runner read between `schedule` and the next call of the scheduler."""
+
+    output: SchedulerOutput
+    texts: list[list[int]]
+    pending: list[int]
+    starts: list[int]
+    tables: list[list[int]]
+
+
+@dataclass
 class FakeModel:
-    """Executes a step as step.py's contract says, on a cache of fingerprints."""
+    """Executes steps as step.py's contract says, in order and as late as possible, on a cache of fingerprints."""
 
     block_size: int
     cache: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    sampled: dict[int, int] = field(default_factory=dict)  # the newest token of each sequence, as on a device
 
-    def execute(self, output: SchedulerOutput) -> StepResult:
+    def launch(self, output: SchedulerOutput) -> Launched:
+        sequences = [entry.seq for entry in output.scheduled]
+        return Launched(
+            output,
+            [list(seq.token_ids) for seq in sequences],
+            [seq.num_pending_tokens for seq in sequences],
+            [seq.num_computed_tokens for seq in sequences],
+            [list(seq.block_table) for seq in sequences],
+        )
+
+    def execute(self, step: Launched) -> StepResult:
+        output = step.output
         contents = [dict(self.cache[copy.src]) for copy in output.block_copies]
         for copy, content in zip(output.block_copies, contents, strict=True):
             self.cache[copy.dst] = content
-        for seq, num_new, _ in output.scheduled:
-            prints = fingerprints(seq.token_ids, seq.request.cache_salt)
-            for position in range(seq.num_computed_tokens, seq.num_computed_tokens + num_new):
-                block, slot = seq.block_table[position // self.block_size], position % self.block_size
-                self.cache[block][slot] = prints[position]
+        for text, pending, (seq, *_) in zip(step.texts, step.pending, output.scheduled, strict=True):
+            text += [self.sampled[seq.seq_id]] if pending else []
+        for text, start, table, (seq, num_new, _) in zip(
+            step.texts, step.starts, step.tables, output.scheduled, strict=True
+        ):
+            prints = fingerprints(text, seq.request.cache_salt)
+            for position in range(start, start + num_new):
+                self.cache[table[position // self.block_size]][position % self.block_size] = prints[position]
         rows: list[int] = []
         top: dict[int, TopLogprobs] = {}
-        for seq, num_new, num_samples in output.scheduled:
-            self.attend(seq, seq.num_computed_tokens + num_new)
+        for text, start, table, (seq, num_new, num_samples) in zip(
+            step.texts, step.starts, step.tables, output.scheduled, strict=True
+        ):
+            self.attend(seq, text[: start + num_new], table)
             if num_samples and seq.request.is_beam_search:
-                best = likeliest(seq.token_ids, seq.request.params.beam_width)
+                best = likeliest(text, seq.request.params.beam_width)
                 top[len(rows)] = TopLogprobs([token for _, token in best], [score for score, _ in best], 1)
-            rows += [next_token(seq.token_ids, seq.index + extra) for extra in range(num_samples)]
+            if num_samples == 1:
+                self.sampled[seq.seq_id] = next_token(text, seq.index)
+            rows += [next_token(text, seq.index + extra) for extra in range(num_samples)]
         return StepResult(rows, [-0.5] * len(rows), top)
 
-    def attend(self, seq: Sequence, length: int) -> None:
-        for position, expected in enumerate(fingerprints(seq.token_ids, seq.request.cache_salt)[:length]):
-            block, slot = seq.block_table[position // self.block_size], position % self.block_size
+    def attend(self, seq: Sequence, text: list[int], table: list[int]) -> None:
+        for position, expected in enumerate(fingerprints(text, seq.request.cache_salt)):
+            block, slot = table[position // self.block_size], position % self.block_size
             assert self.cache[block].get(slot) == expected, f"{seq} finds another text at position {position}"
 
 
@@ -143,6 +173,8 @@ class Engine:
         self.beams = Beams()
         self.accepted: list[Request] = []
         self.beam_results: dict[str, list[list[int]]] = {}
+        self.launched: list[Launched] = []  # oldest first
+        self.num_ahead = 0
 
     def add(self, request: Request) -> bool:
         try:
@@ -152,42 +184,68 @@ class Engine:
         self.accepted.append(request)
         return True
 
-    def begin(self) -> SchedulerOutput:
+    def begin(self) -> None:
+        """Decides and launches a step, with none in flight."""
         output = self.scheduler.schedule()
+        self._launch(output)
+        assert bool(output.scheduled) == any(not r.finished for r in self.accepted), "work is done while there is any"
+
+    def begin_ahead(self) -> None:
+        """Decides and launches the step after the one in flight, where the scheduler can."""
+        output = self.scheduler.schedule_ahead()
+        if output is not None:
+            self._launch(output)
+            assert output.scheduled
+            assert not output.preempted
+            self.num_ahead += 1
+
+    def _launch(self, output: SchedulerOutput) -> None:
+        self.launched.append(self.model.launch(output))
         self.scheduler.check_integrity()
         sizes = [entry.num_new_tokens for entry in output.scheduled]
         assert sum(sizes) == output.num_batched_tokens <= self.config.max_num_batched_tokens
         assert len(sizes) <= self.config.max_num_seqs
         assert all(size > 0 for size in sizes)
         assert len({entry.seq.seq_id for entry in output.scheduled}) == len(sizes)
-        assert bool(sizes) == any(not request.finished for request in self.accepted), "work is done while there is any"
-        return output
 
-    def end(self, output: SchedulerOutput, result: StepResult) -> None:
-        rows = self.scheduler.update(output, result)
+    def end(self) -> None:
+        """Executes and records the oldest step in flight."""
+        step = self.launched.pop(0)
+        result = self.model.execute(step)
+        rows = self.scheduler.update(step.output, result)
         self.scheduler.check_integrity()
         for row, seq in enumerate(rows):
-            if seq.finish_reason != "abort" and seq.request.is_beam_search and not seq.finished:
+            if seq is not None and seq.request.is_beam_search and not seq.finished:
                 top = result.top_logprobs[row]
                 self.beams.pending[seq.seq_id] = list(zip(top.logprobs, top.token_ids, strict=True))
-        for request in {seq.request for seq in rows if seq.request.is_beam_search and not seq.request.finished}:
+        searches = {seq.request for seq in rows if seq is not None and seq.request.is_beam_search}
+        for request in {request for request in searches if not request.finished}:
             self.beams.advance(self.scheduler, request)
             if request.sequences[0].num_output_tokens == request.params.max_tokens:
                 self.beam_results[request.request_id] = sorted(seq.output_token_ids for seq in request.sequences)
                 self.scheduler._finish_all(request, "length")
         self.scheduler.check_integrity()
 
-    def step(self) -> None:
-        output = self.begin()
-        self.end(output, self.model.execute(output))
+    def step(self, ahead: bool = False) -> None:
+        """One step; with `ahead` the next is launched before this one is recorded, as `LLMEngine.step` does."""
+        if not self.launched:
+            self.begin()
+        if ahead and len(self.launched) == 1:
+            self.begin_ahead()
+        self.end()
 
-    def drain(self) -> None:
+    def fail(self) -> None:
+        self.launched.clear()
+        failed = self.scheduler.fail_step()
+        assert all(request.finished for request in failed)
+
+    def drain(self, ahead: bool = False) -> None:
         live = [request for request in self.accepted if not request.finished]
         work = sum(r.num_candidates * (len(r.prompt_token_ids) + r.params.max_tokens) for r in live)
-        for _ in range(2 * work + 1):
-            if not self.scheduler.has_unfinished():
+        for _ in range(2 * work + 1 + len(self.launched)):
+            if not self.scheduler.has_unfinished() and not self.launched:
                 break
-            self.step()
+            self.step(ahead)
         assert not self.scheduler.has_unfinished(), "every request ends within twice the steps of running one by one"
         self.check_results()
 
@@ -257,7 +315,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.engine = Engine(configs(self.rng))
-        self.in_flight: SchedulerOutput | None = None
         self.names = 0
 
     @rule(target=requests)
@@ -267,30 +324,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine.add(make_request(self.rng, name))
         return name
 
-    @rule(times=st.integers(1, 6))
-    def step(self, times: int) -> None:
-        if self.in_flight is not None:
-            self.complete()
+    @rule(times=st.integers(1, 6), ahead=st.booleans())
+    def step(self, times: int, ahead: bool) -> None:
         for _ in range(times):
-            self.engine.step()
+            self.engine.step(ahead)
 
     @rule()
     def begin(self) -> None:
-        if self.in_flight is None:
-            self.in_flight = self.engine.begin()
+        if not self.engine.launched:
+            self.engine.begin()
+        elif len(self.engine.launched) == 1:
+            self.engine.begin_ahead()
 
     @rule()
     def complete(self) -> None:
-        if self.in_flight is not None:
-            output, self.in_flight = self.in_flight, None
-            self.engine.end(output, self.engine.model.execute(output))
+        if self.engine.launched:
+            self.engine.end()
 
     @rule()
     def fail(self) -> None:
-        if self.in_flight is not None:
-            output, self.in_flight = self.in_flight, None
-            failed = self.engine.scheduler.fail_step(output)
-            assert all(request.finished for request in failed)
+        if self.engine.launched:
+            self.engine.fail()
 
     @rule(name=requests)
     def abort(self, name: str) -> None:
@@ -310,8 +364,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
-            if self.in_flight is not None:
-                self.complete()
             self.engine.drain()
 
 
@@ -324,20 +376,22 @@ TestSchedulerMachine.settings = settings(
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 @pytest.mark.parametrize("caching", [True, False])
 def test_thousands_of_requests_through_tiny_caches(policy: str, caching: bool) -> None:
-    finished = preemptions = hits = 0
+    finished = preemptions = hits = ahead = 0
     for seed in range(40):
         rng = random.Random(f"{policy} {caching} {seed}")
         engine = Engine(configs(rng, scheduling_policy=policy, enable_prefix_caching=caching))
         for number in range(30):
             engine.add(make_request(rng, f"{number}"))
             if rng.random() < 0.5 and engine.scheduler.has_unfinished():
-                engine.step()
+                engine.step(ahead=bool(seed % 2))
             if rng.random() < 0.05 and engine.accepted:
                 engine.scheduler.abort(rng.choice(engine.accepted).request_id)
-        engine.drain()
+        engine.drain(ahead=bool(seed % 2))
+        ahead += engine.num_ahead
         finished += len(engine.accepted)
         preemptions += engine.scheduler.num_preemptions
         hits += engine.scheduler.blocks.prefix_cache.num_hit_tokens if caching else 0
     assert finished > 500
     assert preemptions > 100, "the caches were tiny enough"
+    assert ahead > 100, "steps were scheduled ahead"
     assert (hits > 1000) is caching

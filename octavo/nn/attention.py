@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from octavo import ops
 from octavo.nn.cache import LayerKVCache
 from octavo.nn.linear import Linear
+from octavo.nn.norm import RMSNorm
 from octavo.nn.rotary import RotaryEmbedding, Rotation
 from octavo.ops.metadata import AttentionMetadata
+from octavo.ops.rotary_cache import HeadNorm, Rotary
 
 
 class MultiHeadAttention(nn.Module):
@@ -99,11 +101,11 @@ class MultiHeadAttention(nn.Module):
             raise ValueError("kv_cache and metadata go together: give both (generation) or neither (training)")
         if self.rope is not None and rotation is None:
             rotation = self.rope(positions_or_default(x, positions, metadata), metadata)
-        q, k, v = self._self_heads(x, rotation) if context is None else self._cross_heads(x, context)
-        if kv_cache is None or metadata is None:
-            out = self._attend(q, k, v, context_lens)
+        if kv_cache is not None and metadata is not None:
+            out = self._attend_cached(x, rotation, kv_cache, metadata)
         else:
-            out = self._attend_cached(q, k, v, kv_cache, metadata)
+            q, k, v = self._self_heads(x, rotation) if context is None else self._cross_heads(x, context)
+            out = self._attend(q, k, v, context_lens)
         projected: Tensor = self.o_proj(out.flatten(-2))
         return projected
 
@@ -148,11 +150,15 @@ class MultiHeadAttention(nn.Module):
         return cast(Tensor, out)
 
     def _attend_cached(
-        self, q: Tensor, k: Tensor, v: Tensor, kv_cache: LayerKVCache, metadata: AttentionMetadata
+        self, x: Tensor, rotation: Rotation | None, kv_cache: LayerKVCache, metadata: AttentionMetadata
     ) -> Tensor:
         if not self.causal:
             raise ValueError("kv_cache needs causal attention: build the module with causal=True")
-        kv_cache.store(k, v, metadata)
+        if self._fuses(x):
+            q = self._rotate_and_store(self.qkv_proj(x), rotation, kv_cache, metadata)
+        else:
+            q, k, v = self._self_heads(x, rotation)
+            kv_cache.store(k, v, metadata)
         return kv_cache.attend(
             q,
             metadata,
@@ -162,6 +168,23 @@ class MultiHeadAttention(nn.Module):
             learnable_sink=self.sinks,
             backend=self.backend,
         )
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether norms, rotation and the cache's writes are one kernel here."""
+        norms = (self.q_norm, self.k_norm)
+        plain = norms == (None, None) or all(isinstance(norm, RMSNorm) for norm in norms)
+        return self.context_dim is None and plain and ops.fuses(x, *self.parameters())
+
+    def _rotate_and_store(
+        self, qkv: Tensor, rotation: Rotation | None, kv_cache: LayerKVCache, metadata: AttentionMetadata
+    ) -> Tensor:
+        """q (T, Hq, D), normalised and turned; k, likewise, and v are in the cache."""
+        rotary = norm = None
+        if self.rope is not None and rotation is not None:
+            rotary = Rotary(*rotation, self.rope.interleaved)
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            norm = HeadNorm(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.unit_offset)
+        return kv_cache.rotate_and_store(qkv, self.num_heads, rotary, norm, metadata)
 
     def new_cache(
         self,

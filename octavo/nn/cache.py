@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from octavo import ops
 from octavo.ops.metadata import AttentionMetadata
+from octavo.ops.rotary_cache import HeadNorm, Rotary
 
 
 class LayerCache(Protocol):
@@ -49,6 +50,12 @@ class LayerKVCache:
     def store(self, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> None:
         """Write k (T, Hkv, D) and v (T, Hkv, Dv) of the step's new tokens into their slots."""
         ops.store_kv_cache(k, v, self.k, self.v, metadata.slot_mapping)
+
+    def rotate_and_store(
+        self, qkv: Tensor, num_heads: int, rotary: Rotary | None, norm: HeadNorm | None, metadata: AttentionMetadata
+    ) -> Tensor:
+        """From the merged projection (T, (Hq + 2·Hkv)·D): k and v go into their slots; returns q (T, Hq, D)."""
+        return ops.rotate_and_store(qkv, num_heads, rotary, self.k, self.v, metadata.slot_mapping, norm=norm)
 
     def attend(
         self,
@@ -92,6 +99,21 @@ class LayerLatentCache:
     def store(self, latent: Tensor, metadata: AttentionMetadata) -> None:
         """Write latent (T, R + rope) of the step's new tokens into their slots."""
         ops.store_latent_cache(latent, self.latent, metadata.slot_mapping)
+
+    def rotate_and_store(
+        self,
+        latent: Tensor,
+        q: Tensor,
+        q_absorbed: Tensor,
+        norm_weight: Tensor,
+        norm_eps: float,
+        rotary: Rotary,
+        metadata: AttentionMetadata,
+    ) -> None:
+        """From the projections: latent (T, R + rope) normalised and turned into its slots; the rotary channels of q
+        (T, H, nope + rope) into those of q_absorbed (T, H, R + rope)."""
+        slots = metadata.slot_mapping
+        ops.rotate_and_store_latent(latent, q, q_absorbed, norm_weight, rotary, self.latent, slots, eps=norm_eps)
 
     def attend(
         self,

@@ -24,6 +24,7 @@ from octavo.nn.linear import Linear
 from octavo.nn.norm import RMSNorm
 from octavo.nn.rotary import RotaryEmbedding, Rotation
 from octavo.ops.metadata import AttentionMetadata
+from octavo.ops.rotary_cache import Rotary
 
 # DeepSeek-V2/V3 checkpoints' names, of the layer's `self_attn`
 _DEEPSEEK_NAMES = {
@@ -109,21 +110,23 @@ class MultiHeadLatentAttention(nn.Module):
             raise ValueError("kv_cache and metadata go together: give both (generation) or neither (training)")
         if rotation is None:
             rotation = self.rope(positions_or_default(x, positions, metadata), metadata)
-        q_nope, q_rope = self._queries(x, rotation)
-        latent, k_rope = self._latent(x, rotation)
-        if kv_cache is None or metadata is None:
-            out = self._naive(q_nope, q_rope, latent, k_rope)
+        if kv_cache is not None and metadata is not None:
+            out = self._attend_cached(x, rotation, kv_cache, metadata)
         else:
-            kv_cache.store(torch.cat((latent, k_rope), dim=-1), metadata)
-            out = self._absorbed(q_nope, q_rope, kv_cache, metadata)
+            out = self._naive(*self._queries(x, rotation), *self._latent(x, rotation))
         projected: Tensor = self.o_proj(out.flatten(-2))
         return projected
 
     def _queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """(…, H, nope) and, turned, (…, H, rope)."""
+        q = self._query_heads(x)
+        return q[..., : self.nope_head_dim], self.rope.rotate(q[..., self.nope_head_dim :], rotation)
+
+    def _query_heads(self, x: Tensor) -> Tensor:
+        """(…, H, nope + rope), not yet turned."""
         q = self.q_proj_up(self.q_norm(self.q_proj_down(x))) if self.compresses_q else self.q_proj(x)
-        q_nope, q_rope = q.unflatten(-1, (self.n_heads, -1)).split([self.nope_head_dim, self.rope_head_dim], dim=-1)
-        return q_nope, self.rope.rotate(q_rope, rotation)
+        heads: Tensor = q.unflatten(-1, (self.n_heads, -1))
+        return heads
 
     def _latent(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """What the cache keeps of each token: the latent (…, R) and the rotary key (…, rope)."""
@@ -139,24 +142,38 @@ class MultiHeadLatentAttention(nn.Module):
         out = ops.flash_attn_func(q, k, v, softmax_scale=self.softmax_scale, causal=True, backend=self.backend)
         return cast(Tensor, out)
 
-    def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, kv_cache: LayerLatentCache, metadata: AttentionMetadata
+    def _attend_cached(
+        self, x: Tensor, rotation: Rotation, kv_cache: LayerLatentCache, metadata: AttentionMetadata
     ) -> Tensor:
-        """All heads read one latent per token; the up-projections act on queries and outputs, (T, H, v)."""
+        """The absorbed form: all heads read one latent per token; the up-projections act on queries and outputs,
+        (T, H, v)."""
         weight = self.kv_proj_up.weight
         assert isinstance(weight, Tensor), "kv_proj_up is split by head, so loaders leave it unquantised"
-        up_k, up_v = torch.split(
-            weight.view(self.n_heads, -1, self.kv_rank), [self.nope_head_dim, self.v_head_dim], dim=1
-        )
-        q_latent = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)  # (T, H, R)
+        up = weight.view(self.n_heads, -1, self.kv_rank)
+        up_k, up_v = up[:, : self.nope_head_dim], up[:, self.nope_head_dim :]
+        if ops.fuses(x, *self.parameters()):
+            q = self._store_fused(x, up_k, rotation, kv_cache, metadata)
+        else:
+            q_nope, q_rope = self._queries(x, rotation)
+            kv_cache.store(torch.cat(self._latent(x, rotation), dim=-1), metadata)
+            q = torch.cat((torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1), q_rope), dim=-1)
         out = kv_cache.attend(
-            torch.cat((q_latent, q_rope), dim=-1),
-            metadata,
-            head_dim_v=self.kv_rank,
-            softmax_scale=self.softmax_scale,
-            backend=self.backend,
+            q, metadata, head_dim_v=self.kv_rank, softmax_scale=self.softmax_scale, backend=self.backend
         )
         return torch.bmm(out.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
+
+    def _store_fused(
+        self, x: Tensor, up_k: Tensor, rotation: Rotation, kv_cache: LayerLatentCache, metadata: AttentionMetadata
+    ) -> Tensor:
+        """The absorbed queries (T, H, R + rope), made in place; the new tokens are in the cache."""
+        heads = self._query_heads(x)
+        q = x.new_empty(*heads.shape[:2], self.kv_rank + self.rope_head_dim)
+        nope = heads[..., : self.nope_head_dim].transpose(0, 1)
+        torch.bmm(nope, up_k, out=q[..., : self.kv_rank].transpose(0, 1))
+        rotary = Rotary(*rotation, self.rope.interleaved)
+        norm = self.kv_norm
+        kv_cache.rotate_and_store(self.kv_proj(x), heads, q, norm.weight, norm.eps, rotary, metadata)
+        return q
 
     def new_cache(
         self,

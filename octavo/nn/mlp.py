@@ -1,28 +1,11 @@
 """The feed-forward half of a block: gated (SwiGLU, GeGLU) with one merged gate_up_proj, or plain."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from octavo import ops
 from octavo.nn.linear import Linear
-
-# Hugging Face's names; "gelu_pytorch_tanh" is Gemma's
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
-
-
-def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
-    return ACTIVATIONS[name]
+from octavo.ops.gated_activation import ACTIVATIONS, check_activation
 
 
 class GatedMLP(nn.Module):
@@ -42,13 +25,13 @@ class GatedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.activation = _activation(activation)
+        check_activation(activation)
+        self.activation_name, self.activation = activation, ACTIVATIONS[activation]
         self.gate_up_proj = Linear(dim, 2 * hidden_dim, bias, device=device, dtype=dtype)
         self.down_proj = Linear(hidden_dim, dim, bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(self.activation(gate) * up)
+        out: Tensor = self.down_proj(ops.gated_activation(self.gate_up_proj(x), self.activation_name))
         return out
 
 
@@ -66,7 +49,8 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.activation = _activation(activation)
+        check_activation(activation)
+        self.activation = ACTIVATIONS[activation]
         self.up_proj = Linear(dim, hidden_dim, bias, device=device, dtype=dtype)
         self.down_proj = Linear(hidden_dim, dim, bias, device=device, dtype=dtype)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from octavo.nn.mlp import ACTIVATIONS, GatedMLP
+from octavo.nn.mlp import GatedMLP
+from octavo.ops.gated_activation import ACTIVATIONS
 
 Scoring = Literal["softmax", "sigmoid"]
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import LayerNorm as LayerNorm
 
+from octavo import ops
+
 
 class RMSNorm(nn.Module):
     """x / √(mean(x²) + eps) · w over the last axis, or · (1 + w) with `unit_offset` (Gemma's form; w starts at 0).
@@ -33,13 +35,11 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.unit_offset:
-            # in fp32: near 1, bf16 would round 1 + w to steps of 1/128
-            wide = torch.promote_types(x.dtype, torch.float32)
-            return nn.functional.rms_norm(x.to(wide), self.weight.shape, 1.0 + self.weight.to(wide), self.eps).to(
-                x.dtype
-            )
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return ops.rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """`(norm(x + residual), x + residual)`, on a GPU in one pass."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, unit_offset=self.unit_offset)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}" + (", unit_offset=True" if self.unit_offset else "")

@@ -1,0 +1,73 @@
+"""From the merged projection to what attention needs: norms of the heads, rotation, and the cache's writes, fused."""
+
+from typing import cast
+
+from octavo.kernels.reference import rotary_cache as reference
+from octavo.kernels.spec import HeadNorm as HeadNorm
+from octavo.kernels.spec import Rotary as Rotary
+from octavo.kernels.spec import Tensor
+from octavo.ops import inference
+from octavo.ops.checks import check_shape
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    num_heads: int,
+    rotary: Rotary | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    norm: HeadNorm | None = None,
+) -> Tensor:
+    """qkv (T, (Hq + 2·Hkv)·D), rows q, k, v → q (T, Hq, D), normalised and turned; k, likewise, and v into their slots.
+
+    rotary: cos and sin (T, rotary_dim / 2) fp32 of each token, both styles; None turns nothing. norm: per head, before
+    the rotation. k_cache, v_cache (num_blocks, block_size, Hkv, D), written in place; slot_mapping (T,) int64 as in
+    `store_kv_cache`. No gradient reaches the caches.
+    """
+    check_shape("k_cache", k_cache, ("num_blocks", "block_size", "Hkv", "D"))
+    check_shape("v_cache", v_cache, tuple(k_cache.shape))
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    check_shape("qkv", qkv, ("T", (num_heads + 2 * num_kv_heads) * head_dim))
+    check_shape("slot_mapping", slot_mapping, (qkv.shape[0],))
+    if rotary is not None:
+        _check_rotary(rotary, qkv.shape[0], head_dim)
+    arguments = (qkv, num_heads, rotary, norm, k_cache, v_cache, slot_mapping)
+    return cast(Tensor, inference.run("rotate_and_store", reference.rotate_and_store, arguments))
+
+
+def rotate_and_store_latent(
+    latent: Tensor,
+    q: Tensor,
+    q_absorbed: Tensor,
+    weight: Tensor,
+    rotary: Rotary,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> None:
+    """MLA's part, in place and without gradient.
+
+    latent (T, R + rope): its first R channels, normalised by weight (R,), and the rest, turned, go into the slots of
+    kv_cache (num_blocks, block_size, R + rope). The last rope channels of q (T, H, nope + rope), turned, go into the
+    last of q_absorbed (T, H, R + rope).
+    """
+    check_shape("latent", latent, ("T", "R + rope"))
+    tokens, width = latent.shape
+    check_shape("weight", weight, ("R",))
+    check_shape("q", q, (tokens, "H", "nope + rope"))
+    check_shape("q_absorbed", q_absorbed, (tokens, q.shape[1], width))
+    check_shape("kv_cache", kv_cache, ("num_blocks", "block_size", width))
+    check_shape("slot_mapping", slot_mapping, (tokens,))
+    _check_rotary(rotary, tokens, width - weight.shape[0])
+    arguments = (latent, q, q_absorbed, weight, eps, rotary, kv_cache, slot_mapping)
+    inference.run("rotate_and_store_latent", reference.rotate_and_store_latent, arguments, q, weight)
+
+
+def _check_rotary(rotary: Rotary, tokens: int, head_dim: int) -> None:
+    check_shape("rotary.cos", rotary.cos, (tokens, "rotary_dim / 2"))
+    check_shape("rotary.sin", rotary.sin, tuple(rotary.cos.shape))
+    if 2 * rotary.cos.shape[1] > head_dim:
+        raise ValueError(f"rotary.cos: expected at most {head_dim // 2} angles per token, got {rotary.cos.shape[1]}")

@@ -158,7 +158,6 @@ class LLM:
     def _pieces(self, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[str]:
         request_id = next(self._request_ids)
         self.engine.add_request(request_id, prompt, params, stream=True)
-        shown = 0
         try:
             finished = False
             while not finished:
@@ -167,9 +166,8 @@ class LLM:
                     continue
                 output = self._newest.pop(request_id)
                 finished = output.finished
-                if len(output.text) > shown:
-                    piece, shown = output.text[shown:], len(output.text)
-                    yield piece
+                if output.outputs and output.text:
+                    yield output.text
                 _raise_if_failed(output)
         finally:
             self.engine.abort(request_id)
@@ -193,7 +191,10 @@ class LLM:
         with _interrupts_deferred():
             outputs = self.engine.step()
         for output in outputs:
-            self._newest[output.request_id] = output
+            if (unread := self._newest.get(output.request_id)) is None:
+                self._newest[output.request_id] = output
+            else:
+                unread.extend(output)
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}

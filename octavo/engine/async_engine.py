@@ -1,8 +1,8 @@
 """`AsyncLLM`: the engine in a thread of its own, many asyncio callers around it.
 
 The thread alone touches the engine. Callers send it commands through a queue, which it reads between steps; it answers
-by setting a mailbox and waking the caller's event loop, once per step and loop. A mailbox holds the newest output only
-(outputs are cumulative), so a slow reader costs no memory and misses nothing.
+by setting a mailbox and waking the caller's event loop, once per step and loop. What a reader has not yet taken from its
+mailbox is merged into one output, so a slow reader misses nothing.
 
 A caller that goes away (cancelled, or leaves its loop) aborts its request: the blocks are back before the next step.
 When the engine itself dies, everyone who waits gets an EngineDeadError, and so does everyone who comes later.
@@ -44,7 +44,10 @@ class _Mailbox:
 
     def put(self, item: RequestOutput | BaseException) -> None:
         if isinstance(item, RequestOutput):
-            self.output = item
+            if self.output is None:
+                self.output = item
+            else:
+                self.output.extend(item)
         else:
             self.error = item
         self.arrived.set()
@@ -114,7 +117,7 @@ class AsyncLLM:
         """False once closed or dead."""
         return not self._closed and self._cause is None
 
-    async def generate(
+    async def stream(
         self,
         prompt: str | Sequence[int],
         sampling_params: SamplingParams | BeamSearchParams | None = None,
@@ -124,7 +127,8 @@ class AsyncLLM:
         cache_salt: str | None = None,
         stream: bool = True,
     ) -> AsyncIterator[RequestOutput]:
-        """Yields the growing output, ending with one whose `finished` is set; with stream=False only that one.
+        """Yields what is new, in constant time for each token, ending with an output whose `finished` is set; with
+        stream=False that one alone, which holds everything.
 
         Steps that come faster than they are read are merged. Raises ValueError, naming the field, for what cannot be
         served, EngineDeadError when the engine is not (or no longer) there. Leaving or cancelling aborts the request.
@@ -154,6 +158,23 @@ class AsyncLLM:
             if not finished:
                 with contextlib.suppress(EngineDeadError):
                     self._send(_Abort(request_id))
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams | BeamSearchParams | None = None,
+        request_id: str | None = None,
+        **options: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """As `stream`, but every output holds the whole so far: a copy, O(output) each."""
+        whole: RequestOutput | None = None
+        async with contextlib.aclosing(self.stream(prompt, sampling_params, request_id, **options)) as pieces:
+            async for piece in pieces:
+                if whole is None:
+                    whole = piece
+                else:
+                    whole.extend(piece)
+                yield whole.copy()
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its reader gets the last output, with finish_reason "abort". Unknown ids are ignored."""

@@ -28,7 +28,7 @@ class LiveRequest:
     decode_token: the text of one token alone, for log probabilities; None when no text is wanted.
     """
 
-    __slots__ = ("_candidates", "decode_token", "params", "prompt", "request", "stream", "token_bytes")
+    __slots__ = ("_candidates", "_reported", "decode_token", "params", "prompt", "request", "stream", "token_bytes")
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class LiveRequest:
         self.token_bytes = token_bytes
         self.decode_token = decode_token
         self._candidates: dict[int, Candidate] = {}
+        self._reported = False  # an output has been made
 
     @property
     def wants_every_token(self) -> bool:
@@ -64,14 +65,16 @@ class LiveRequest:
         return {token: Logprob(entry.logprob, entry.rank, decode(token)) for token, entry in logprobs.items()}
 
     def output(self) -> RequestOutput:
-        """The request so far."""
-        request = self.request
+        """What is new since the last call; of a request that is not streamed, everything."""
+        request, first = self.request, not self._reported
+        self._reported = True
+        candidates = [self.candidate(seq) for seq in request.sequences]
         return RequestOutput(
             request_id=request.request_id,
             prompt=self.prompt,
-            prompt_token_ids=list(request.prompt_token_ids),
-            prompt_logprobs=self._prompt_logprobs(),
-            outputs=[self.candidate(seq).output() for seq in request.sequences],
+            prompt_token_ids=list(request.prompt_token_ids) if first else [],
+            prompt_logprobs=self._prompt_logprobs() if first else None,
+            outputs=[candidate.output() for candidate in candidates if first or candidate.has_news],
             finished=request.finished,
             metrics=request.metrics,
             num_cached_tokens=request.sequences[0].num_cached_tokens,
@@ -86,20 +89,20 @@ class LiveRequest:
 class Candidate:
     """One of the n continuations. Its text is read from the sequence's tokens by `read`, each once."""
 
-    __slots__ = ("_detokenizer", "_ended", "_num_read", "live", "logprobs", "seq", "stop_string")
+    __slots__ = ("_detokenizer", "_end_reported", "_ended", "_num_read", "_num_reported", "live", "logprobs", "seq", "stop_string")
 
     def __init__(self, live: LiveRequest, seq: Sequence) -> None:
         self.live = live
         self.seq = seq
         params = live.params
-        self.logprobs: SampleLogprobs | None = None if params.logprobs is None else []
+        self.logprobs: SampleLogprobs | None = None if params.logprobs is None else []  # not reported yet
         self.stop_string: str | None = None
         self._detokenizer: Detokenizer | None = None
         if live.token_bytes is not None:
             options = params.stop, params.include_stop_str_in_output, params.min_tokens
             self._detokenizer = Detokenizer(live.token_bytes, *options)
-        self._num_read = seq.num_prompt_tokens
-        self._ended = False
+        self._num_read = self._num_reported = seq.num_prompt_tokens  # tokens of the sequence, prompt included
+        self._ended = self._end_reported = False
 
     def read(self) -> str | None:
         """Reads the tokens that are new in the sequence; returns the stop string that they completed, if any.
@@ -122,19 +125,29 @@ class Candidate:
         assert self.logprobs is not None
         self.logprobs.append(self.live.with_text(token_logprobs(token_id, logprob, top)))
 
+    @property
+    def has_news(self) -> bool:
+        return len(self.seq.token_ids) > self._num_reported or self.seq.finished != self._end_reported
+
     def output(self) -> CompletionOutput:
+        """What is new since the last call."""
         seq, detokenizer = self.seq, self._detokenizer
         self.read()
         if detokenizer is not None and seq.finished and not self._ended:
             detokenizer.finish()
             self._ended = True
         stopped = self.stop_string is not None
+        token_ids = seq.token_ids[self._num_reported :]
+        self._num_reported, self._end_reported = len(seq.token_ids), seq.finished
+        logprobs = self.logprobs
+        if logprobs is not None:
+            self.logprobs = []
         return CompletionOutput(
             index=seq.index,
-            text="" if detokenizer is None else detokenizer.text,
-            token_ids=seq.output_token_ids,
-            cumulative_logprob=None if self.logprobs is None else seq.cumulative_logprob,
-            logprobs=None if self.logprobs is None else list(self.logprobs),
+            text="" if detokenizer is None else detokenizer.take(),
+            token_ids=token_ids,
+            cumulative_logprob=None if logprobs is None else seq.cumulative_logprob,
+            logprobs=logprobs,
             finish_reason="stop" if stopped else seq.finish_reason,
             stop_reason=self.stop_string if stopped else seq.stop_reason,
         )

@@ -77,10 +77,14 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """All text released so far; only ever grows."""
-        if len(self._parts) > 1:
-            self._parts = ["".join(self._parts)]
-        return self._parts[0] if self._parts else ""
+        """The text released so far that nobody has taken."""
+        return "".join(self._parts)
+
+    def take(self) -> str:
+        """The text released since the last call: a stream's next piece."""
+        text = self.text
+        self._parts.clear()
+        return text
 
     def append(self, token_id: int) -> str | None:
         """Adds a token; returns the stop string that it completed, if any (the text then ends before or after it)."""

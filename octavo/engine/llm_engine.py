@@ -7,6 +7,7 @@ wrong is refused by `add_request` and touches nothing else; a step that fails en
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -14,11 +15,12 @@ import torch
 from octavo.engine.beam_search import BeamSearch
 from octavo.engine.candidate import LiveRequest
 from octavo.engine.config import EngineConfig
+from octavo.engine.decode_graphs import DecodeGraphs
 from octavo.engine.detokenizer import TokenBytes, token_bytes_of
 from octavo.engine.kv_cache import PagedKVCache, default_kv_cache_memory, kv_bytes_per_token, num_blocks_for
 from octavo.engine.logit_rules import bad_word_ids
 from octavo.engine.memory_report import MemoryReport, MemoryTrace, measure
-from octavo.engine.model_runner import ModelRunner
+from octavo.engine.model_runner import ModelRunner, StepInFlight
 from octavo.engine.options import EngineOptions
 from octavo.engine.outputs import RequestOutput
 from octavo.engine.request import Request, SequenceStatus
@@ -26,7 +28,7 @@ from octavo.engine.request import Sequence as SequenceState
 from octavo.engine.sampler import Sampler
 from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
 from octavo.engine.scheduler import Scheduler
-from octavo.engine.step import StepResult
+from octavo.engine.step import SchedulerOutput, StepResult
 from octavo.models import LoadedModel, load_dummy_model, load_model, read_tokenizer
 from octavo.models.causal_lm import CausalLM
 from octavo.models.tokenizer import Tokenizer
@@ -44,6 +46,8 @@ class LLMEngine:
         cache_dtype: of the KV cache; the model's activations' by default.
         seed: for requests that bring none.
         generation_defaults: what the model's authors recommend, under SamplingParams' names.
+        run_ahead: launch a step before the last one's tokens are read, where the scheduler can; by default on a GPU.
+        cuda_graphs: record the steps that only decode; False computes them eagerly.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class LLMEngine:
         cache_dtype: torch.dtype | None = None,
         seed: int = 0,
         generation_defaults: Mapping[str, float] | None = None,
+        run_ahead: bool | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model = model
         self.generation_defaults = generation_defaults or {}
@@ -70,9 +76,15 @@ class LLMEngine:
         )
         cache = PagedKVCache(model, config.num_blocks, config.block_size, cache_dtype or model.dtype, model.device)
         sampler = Sampler(model.config.vocab_size, model.device, seed, self._encode)
-        self.runner = ModelRunner(
-            model, cache, sampler, max_num_seqs=config.max_num_seqs, max_model_len=config.max_model_len
-        )
+        bounds = {"max_num_seqs": config.max_num_seqs, "max_model_len": config.max_model_len}
+        on_gpu = model.device.type == "cuda"
+        graphs = None
+        if on_gpu if run_ahead is None else run_ahead:
+            graphs = DecodeGraphs(model, cache, **bounds, record=on_gpu and cuda_graphs)
+        self.runner = ModelRunner(model, cache, sampler, **bounds, decode_graphs=graphs)
+        self._in_flight: deque[tuple[SchedulerOutput, StepInFlight]] = (
+            deque()
+        )  # launched and not recorded, oldest first
         self._live: dict[str, LiveRequest | BeamSearch] = {}
         self._attentive: set[str] = set()  # those of them that look at every token
         self.num_generated_tokens = 0  # since the start, of all requests
@@ -102,7 +114,14 @@ class LLMEngine:
             enable_prefix_caching=options.enable_prefix_caching,
             scheduling_policy=options.scheduling_policy,
         )
-        return cls(model, loaded.tokenizer, config, seed=options.seed, generation_defaults=loaded.generation_defaults)
+        return cls(
+            model,
+            loaded.tokenizer,
+            config,
+            seed=options.seed,
+            generation_defaults=loaded.generation_defaults,
+            cuda_graphs=options.cuda_graphs,
+        )
 
     # ---- requests in -----------------------------------------------------------------------------------------------
 
@@ -206,7 +225,8 @@ class LLMEngine:
         return self._close(live)
 
     def has_unfinished(self) -> bool:
-        return bool(self._live)
+        """Whether `step` has something to do; a step may still be in flight when the last request has ended."""
+        return bool(self._live or self._in_flight)
 
     @property
     def num_unfinished(self) -> int:
@@ -215,17 +235,28 @@ class LLMEngine:
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Computes one step; returns what is new: every streamed request that got a token, every one that finished."""
-        output = self.scheduler.schedule()
+        """Records one step; returns what is new: every streamed request that got a token, every one that finished.
+
+        On a GPU the next step is launched before this one's tokens are read, so that it never waits for the host.
+        """
         try:
-            result = self.runner.execute(output)
+            if not self._in_flight:
+                self._launch(self.scheduler.schedule())
+            if self.runner.runs_ahead and (ahead := self.scheduler.schedule_ahead()) is not None:
+                self._launch(ahead)
+            output, step = self._in_flight.popleft()
+            result = step.wait()
         except Exception:
-            logger.exception("A step of %d sequences failed; their requests end with an error", len(output.scheduled))
+            logger.exception("A step failed; the requests in it end with an error")
+            self._in_flight.clear()
             return [self._close(self._live[request.request_id]) for request in self.scheduler.fail_step()]
         outputs = self._record(self.scheduler.update(output, result), result)
         if self.memory_trace is not None:
             self.memory_trace.sample()
         return outputs
+
+    def _launch(self, output: SchedulerOutput) -> None:
+        self._in_flight.append((output, self.runner.launch(output)))
 
     def _record(self, rows: list[SequenceState | None], result: StepResult) -> list[RequestOutput]:
         """Text, log probabilities and stop strings of the new tokens, for the requests that look at every token."""

@@ -1,6 +1,6 @@
 """What a user gets back. Field names and meanings are vLLM's, so that code written for it reads ours."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 
@@ -59,10 +59,26 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def extend(self, newer: "CompletionOutput") -> None:
+        """Appends what a stream brought since."""
+        self.text += newer.text
+        self.token_ids += newer.token_ids
+        if self.logprobs is not None and newer.logprobs is not None:
+            self.logprobs += newer.logprobs
+        self.cumulative_logprob = newer.cumulative_logprob
+        self.finish_reason, self.stop_reason = newer.finish_reason, newer.stop_reason
+
+    def copy(self) -> "CompletionOutput":
+        """One that `extend` of the other does not change; O(output)."""
+        logprobs = None if self.logprobs is None else list(self.logprobs)
+        return replace(self, token_ids=list(self.token_ids), logprobs=logprobs)
+
 
 @dataclass(slots=True)
 class RequestOutput:
-    """One request so far. `text` is the first candidate's."""
+    """One request so far, or what is new of it: a streamed request's outputs say only what came since the one before
+    (`prompt_token_ids` and `prompt_logprobs` stand in the first, candidates without news in none), and `extend` puts
+    them together. `text` is the first candidate's."""
 
     request_id: str
     prompt: str | None
@@ -78,3 +94,16 @@ class RequestOutput:
         if not self.outputs:
             raise ValueError(f"text: request {self.request_id!r} has no output yet")
         return self.outputs[0].text
+
+    def extend(self, newer: "RequestOutput") -> None:
+        """Appends what a stream brought since."""
+        for output in newer.outputs:
+            if output.index < len(self.outputs):
+                self.outputs[output.index].extend(output)
+            else:
+                self.outputs.append(output)
+        self.finished, self.metrics, self.num_cached_tokens = newer.finished, newer.metrics, newer.num_cached_tokens
+
+    def copy(self) -> "RequestOutput":
+        """One that `extend` of the other does not change; O(output)."""
+        return replace(self, outputs=[output.copy() for output in self.outputs])

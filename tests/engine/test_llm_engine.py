@@ -209,18 +209,28 @@ def test_no_text_without_detokenize(make_engine, reference_tokens):
 # ---- streams and aborts --------------------------------------------------------------------------------------------
 
 
-def test_a_stream_reports_every_token(make_engine):
+@pytest.mark.parametrize("options", [{}, {"n": 3, "temperature": 1.0, "seed": 5}, {"logprobs": 2, "stop": ["\x00"]}])
+def test_a_stream_reports_every_token_once(make_engine, options):
     engine = make_engine()
-    engine.add_request("s", PROMPTS[0], greedy(), stream=True)
-    engine.add_request("w", PROMPTS[0], greedy())
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 12} | options)
+    engine.add_request("s", PROMPTS[0], params, stream=True)
+    engine.add_request("w", PROMPTS[0], params)
     seen = []
     while engine.has_unfinished():
         seen += engine.step()
     streamed = [output for output in seen if output.request_id == "s"]
-    assert [len(output.outputs[0].token_ids) for output in streamed] == list(range(1, len(streamed) + 1))
+    (whole,) = (output for output in seen if output.request_id == "w")
+    assert all(len(piece.token_ids) == 1 for output in streamed for piece in output.outputs)
     assert [output.finished for output in streamed] == [False] * (len(streamed) - 1) + [True]
-    assert [output.request_id for output in seen].count("w") == 1
-    assert streamed[-1].text == next(output for output in seen if output.request_id == "w").text
+    together = streamed[0]
+    for piece in streamed[1:]:
+        assert piece.prompt_token_ids == []
+        together.extend(piece)
+    for got, expected in zip(together.outputs, whole.outputs, strict=True):
+        assert (got.index, got.text, got.token_ids) == (expected.index, expected.text, expected.token_ids)
+        assert (got.finish_reason, got.stop_reason) == (expected.finish_reason, expected.stop_reason)
+        assert [list(entry) for entry in got.logprobs or []] == [list(entry) for entry in expected.logprobs or []]
+    assert together.prompt_token_ids == whole.prompt_token_ids
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])

@@ -71,22 +71,28 @@ def test_latent_attention_reads_keys_and_values_from_the_latent(batch, backend):
         torch.testing.assert_close(out[rows : rows + NEW[b]], expected[0])
 
 
-def test_flash_mla_call(batch):
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_flash_mla_call(batch, kv_heads):
     metadata, slots = batch
-    cache = torch.full((NUM_BLOCKS, BLOCK_SIZE, 1, 24), torch.nan)
-    latents = [torch.randn(n, 24) for n in LENGTHS]
+    cache = torch.full((NUM_BLOCKS, BLOCK_SIZE, kv_heads, 24), torch.nan)
+    latents = [torch.randn(n, kv_heads, 24) for n in LENGTHS]
     for latent, slot in zip(latents, slots, strict=True):
-        ops.store_latent_cache(latent, cache.squeeze(2), slot)
+        for head in range(kv_heads):
+            ops.store_latent_cache(latent[:, head], cache[:, :, head], slot)
     q = torch.randn(4, 2, 6, 24)
-    plan = ops.get_mla_metadata(metadata.cache_seqlens, 2 * 6, 1)
+    plan = ops.get_mla_metadata() if kv_heads == 1 else ops.get_mla_metadata(metadata.cache_seqlens, 4, kv_heads)
     out, lse = ops.flash_mla_with_kvcache(
         q, cache, metadata.block_table, metadata.cache_seqlens, 16, *plan, causal=True
     )
     assert out.shape == (4, 2, 6, 16)
     for b, latent in enumerate(latents):
-        k = latent[None, :, None]
+        k = latent[None]
         expected = ops.flash_attn_func(q[None, b], k, k[..., :16], causal=True, return_lse=True, backend="reference")
         torch.testing.assert_close((out[None, b], lse[None, b]), expected)
+    with pytest.raises(ValueError, match="is_fp8_kvcache"):
+        ops.flash_mla_with_kvcache(
+            q, cache, metadata.block_table, metadata.cache_seqlens, 16, *plan, is_fp8_kvcache=True
+        )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -13,6 +13,9 @@ A backend module exposes any of these functions under these names; `octavo.ops.d
     norm.add_rms_norm(x, residual, weight, eps, unit_offset) -> (out, x + residual)
     gated_activation.gated_activation(gate_up, activation) -> out
     rotary_cache.rotate_and_store(qkv, num_heads, rotary, norm, k_cache, v_cache, slot_mapping) -> q
+    linear_small_batch.linear_small_batch(x, weight, bias, norm, activation, residual, out_dtype) -> out
+    moe.route(logits, bias, routing) -> (weights, experts)
+    moe.mix_experts(x, weights, experts, gate_up, down, activation, shared) -> out
     rotary_cache.rotate_and_store_latent(latent, q, q_absorbed, weight, eps, rotary, kv_cache, slot_mapping) -> None
 
 and, beside each, `refuses_<op>(...) -> str | None` with the same arguments: the reason why this backend cannot take the
@@ -79,6 +82,8 @@ class AttentionTensors:
     alibi_slopes: Tensor | None = None  # (Hq,) or (B, Hq) fp32
     learnable_sink: Tensor | None = None  # (Hq,)
     attn_bias: Tensor | None = None  # broadcastable to (B, Hq, Sq, Sk)
+    k_scale: Tensor | None = None  # (Hkv,) fp32: the cache is quantised and holds k / k_scale; v_scale likewise
+    v_scale: Tensor | None = None
     dropout_seed: int = 0
 
 
@@ -97,6 +102,25 @@ class HeadNorm(NamedTuple):
     k_weight: Tensor  # (D,)
     eps: float
     unit_offset: bool
+
+
+class InputNorm(NamedTuple):
+    """RMSNorm of a linear layer's input; `unit_offset` multiplies by 1 + w (Gemma)."""
+
+    weight: Tensor  # (K,)
+    eps: float
+    unit_offset: bool
+
+
+class Routing(NamedTuple):
+    """How tokens choose experts: see `octavo.nn.Router`."""
+
+    top_k: int
+    scoring: str  # "softmax" or "sigmoid"
+    num_groups: int
+    topk_groups: int
+    norm_topk_prob: bool
+    scaling_factor: float
 
 
 class Gradients(NamedTuple):

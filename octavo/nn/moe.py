@@ -5,18 +5,18 @@
 Two ways to pick are in use. Softmax scores, greedy or within the best groups of experts (DeepSeek-V2, Qwen3). Sigmoid
 scores, chosen with a correction bias that balances the load but does not enter the weights (DeepSeek-V3).
 
-Tokens are sorted by expert, so that every expert with tokens is one matrix product; the loop that it replaces is in
-tests/nn/test_nn_moe.py.
+`octavo.ops` computes every expert that has tokens as one matrix product, on a GPU in fused kernels without a host read;
+the loop that it replaces is in tests/nn/test_nn_moe.py.
 """
 
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from octavo.nn.mlp import GatedMLP
-from octavo.ops.gated_activation import ACTIVATIONS
+from octavo.ops.gated_activation import check_activation
+from octavo.ops.moe import Routing, mix_experts, route, router_logits
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -52,9 +52,7 @@ class Router(nn.Module):
         if scoring not in ("softmax", "sigmoid"):
             raise ValueError(f"scoring must be 'softmax' or 'sigmoid', got {scoring!r}")
         check_routing(num_experts, top_k, num_groups, topk_groups, correction_bias)
-        self.top_k, self.scoring = top_k, scoring
-        self.num_groups, self.topk_groups = num_groups, topk_groups
-        self.norm_topk_prob, self.routed_scaling_factor = norm_topk_prob, routed_scaling_factor
+        self.routing = Routing(top_k, scoring, num_groups, topk_groups, norm_topk_prob, routed_scaling_factor)
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if correction_bias else None
@@ -62,28 +60,11 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (T, dim) to weights (T, top_k) fp32 and experts (T, top_k) int64."""
-        logits = F.linear(x.float(), self.weight.float())
-        scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
-        bias = self.e_score_correction_bias
-        choice = self._within_best_groups(scores if bias is None else scores + bias)
-        experts = choice.topk(self.top_k, dim=-1).indices
-        weights = scores.gather(-1, experts)
-        if self.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)  # all sigmoids may underflow
-        return weights * self.routed_scaling_factor, experts
-
-    def _within_best_groups(self, choice: Tensor) -> Tensor:
-        """The scores to choose by, -inf outside of the best groups."""
-        if self.num_groups == 1:
-            return choice
-        groups = choice.view(-1, self.num_groups, choice.shape[-1] // self.num_groups)
-        counted = 1 if self.e_score_correction_bias is None else 2
-        best = groups.topk(counted, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
-        closed = torch.ones(groups.shape[:-1], dtype=torch.bool, device=choice.device).scatter(-1, best, False)
-        return groups.masked_fill(closed.unsqueeze(-1), float("-inf")).view(choice.shape)
+        logits = router_logits(x, self.weight)
+        return route(logits, self.routing, bias=self.e_score_correction_bias)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]} experts, top_k={self.top_k}, {self.scoring}, groups={self.num_groups}"
+        return f"{self.weight.shape[0]} experts, {self.routing}"
 
 
 def check_routing(num_experts: int, top_k: int, num_groups: int, topk_groups: int, correction_bias: bool) -> None:
@@ -116,11 +97,6 @@ class ExpertLinear(nn.Module):
         bound = in_features**-0.5  # as nn.Linear begins
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """x (N, in_features), sorted by expert, `counts` rows for each; returns (N, out_features)."""
-        parts = [F.linear(rows, self.weight[e]) for e, rows in enumerate(torch.split(x, counts)) if counts[e]]
-        return torch.cat(parts) if parts else x.new_empty(0, self.weight.shape[1])
-
 
 class Experts(nn.Module):
     """`num_experts` gated MLPs of width `hidden_dim`; gate_up_proj holds gate's rows, then up's, as in `GatedMLP`."""
@@ -136,24 +112,15 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.num_experts = num_experts
-        self.activation = ACTIVATIONS[activation]
+        check_activation(activation)
+        self.num_experts, self.activation = num_experts, activation
         self.gate_up_proj = ExpertLinear(num_experts, dim, 2 * hidden_dim, device=device, dtype=dtype)
         self.down_proj = ExpertLinear(num_experts, hidden_dim, dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """x (T, dim), weights (T, k) fp32, experts (T, k) int64; returns (T, dim), summed in at least fp32."""
-        top_k = experts.shape[1]
-        order = experts.flatten().argsort(stable=True)
-        counts = torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()  # on a GPU, a wait
-        gate, up = self.gate_up_proj(x[order // top_k], counts).chunk(2, dim=-1)
-        out = self.down_proj(self.activation(gate) * up, counts)
-        # back in the tokens' order by indexing, not index_add_: its order of additions varies on a GPU
-        picked = out[order.argsort()].view(-1, top_k, x.shape[1])
-        mixed: Tensor = (picked * weights.unsqueeze(-1)).sum(1)  # fp32, or more, since the weights are
-        return mixed.to(x.dtype)
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, shared: Tensor | None = None) -> Tensor:
+        """x, shared (T, dim), weights (T, k) fp32, experts (T, k) int64; returns (T, dim), summed in at least fp32."""
+        gate_up, down = self.gate_up_proj.weight, self.down_proj.weight
+        return mix_experts(x, weights, experts, gate_up, down, activation=self.activation, shared=shared)
 
 
 class MixtureOfExperts(nn.Module):
@@ -165,5 +132,6 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        routed: Tensor = self.experts(tokens, *self.router(tokens)).view(x.shape)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+        shared = None if self.shared_experts is None else self.shared_experts(tokens)
+        mixed: Tensor = self.experts(tokens, *self.router(tokens), shared)
+        return mixed.view(x.shape)

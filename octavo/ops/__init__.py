@@ -12,11 +12,14 @@ from octavo.ops.flash_attn import flash_attn_varlen_qkvpacked_func as flash_attn
 from octavo.ops.gated_activation import gated_activation as gated_activation
 from octavo.ops.inference import fuses as fuses
 from octavo.ops.kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
+from octavo.ops.linear_small_batch import linear_small_batch as linear_small_batch
 from octavo.ops.merge import merge_attention_states as merge_attention_states
 from octavo.ops.metadata import AttentionMetadata as AttentionMetadata
 from octavo.ops.mla import flash_mla_with_kvcache as flash_mla_with_kvcache
 from octavo.ops.mla import get_mla_metadata as get_mla_metadata
 from octavo.ops.mla import mla_attention as mla_attention
+from octavo.ops.moe import mix_experts as mix_experts
+from octavo.ops.moe import route as route
 from octavo.ops.norm import add_rms_norm as add_rms_norm
 from octavo.ops.norm import rms_norm as rms_norm
 from octavo.ops.paged import paged_attention as paged_attention

@@ -27,7 +27,7 @@ def router_with_scores(scores: list[float], **options: Any) -> tuple[Router, Ten
     options.setdefault("top_k", 2)
     router = Router(1, len(scores), **options)
     given = torch.tensor(scores)
-    logits = given.log() if router.scoring == "softmax" else given.logit()
+    logits = given.log() if router.routing.scoring == "softmax" else given.logit()
     router.weight.data.copy_(logits.unsqueeze(1))
     return router, torch.ones(1, 1)
 

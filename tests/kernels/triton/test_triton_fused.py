@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from octavo.kernels.reference import gated_activation as reference_activation
+from octavo.kernels.reference import linear_small_batch as reference_linear
+from octavo.kernels.reference import moe as reference_moe
 from octavo.kernels.reference import norm as reference_norm
 from octavo.kernels.reference import rotary_cache as reference_rotary
-from octavo.kernels.spec import HeadNorm, Rotary
-from octavo.kernels.triton import gated_activation, norm, rotary_cache
+from octavo.kernels.spec import HeadNorm, InputNorm, Rotary, Routing
+from octavo.kernels.triton import gated_activation, linear_small_batch, moe, norm, rotary_cache
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-6}
 
@@ -99,3 +101,94 @@ def test_empty_batches():
     k, v = caches(0, 1, 8)
     nothing = torch.empty(0, dtype=torch.int64)
     assert rotary_cache.rotate_and_store(torch.empty(0, 32), 2, None, None, k, v, nothing).shape == (0, 2, 8)
+
+
+def linear_options(columns, rows, width):
+    return {
+        "plain": {},
+        "bias": {"bias": torch.randn(columns)},
+        "norm": {"norm": InputNorm(torch.randn(width), 1e-5, False)},
+        "all": {
+            "bias": torch.randn(columns),
+            "norm": InputNorm(torch.randn(width), 1e-5, True),
+            "activation": "silu",
+            "residual": torch.randn(rows, columns // 2),
+        },
+        "residual": {"residual": torch.randn(rows, 2 * columns)[:, :columns]},
+    }
+
+
+@pytest.mark.parametrize("option", ["plain", "bias", "norm", "all", "residual"])
+@pytest.mark.parametrize(("columns", "width"), [(6, 40), (34, 1030)])
+def test_linear_of_one_row(option, columns, width):
+    x, weight = torch.randn(1, width), torch.randn(columns, width) / width**0.5
+    options = {"bias": None, "norm": None, "activation": None, "residual": None} | linear_options(columns, 1, width)[
+        option
+    ]
+    assert linear_small_batch.refuses_linear_small_batch(x, weight, *options.values(), torch.float32) is None
+    got = linear_small_batch.linear_small_batch(x, weight, *options.values(), torch.float32)
+    expected = reference_linear.linear_small_batch(x, weight, *options.values(), torch.float32)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["plain", "bias", "norm", "all", "residual"])
+@pytest.mark.parametrize("batch", [2, 7, 16])
+def test_linear_of_a_few_rows(option, batch):
+    """fp32, which the interpreter multiplies as such; on a GPU this path takes 16-bit tensors."""
+    columns, width = 34, 300
+    x, weight = torch.randn(batch, width + 5)[:, :width], torch.randn(columns, width) / width**0.5
+    options = {"bias": None, "norm": None, "activation": None, "residual": None}
+    options |= linear_options(columns, batch, width)[option]
+    got = linear_small_batch.linear_small_batch(x, weight, *options.values(), torch.float32)
+    expected = reference_linear.linear_small_batch(x, weight, *options.values(), torch.float32)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+ROUTINGS = {
+    "softmax": Routing(3, "softmax", 1, 1, False, 1.0),
+    "groups": Routing(4, "softmax", 4, 2, True, 2.0),
+    "sigmoid": Routing(5, "sigmoid", 1, 1, True, 2.5),
+    "sigmoid groups": Routing(4, "sigmoid", 3, 2, True, 2.5),
+    "one": Routing(1, "softmax", 6, 1, False, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", list(ROUTINGS))
+@pytest.mark.parametrize("biased", [False, True])
+def test_route(name, biased):
+    logits, bias = torch.randn(11, 24) * 3, torch.randn(24) if biased else None
+    if biased and name == "one":
+        bias = -torch.rand(24)  # no score may fall to where a closed group stands
+    weights, experts = moe.route(logits, bias, ROUTINGS[name])
+    expected_weights, expected_experts = reference_moe.route(logits, bias, ROUTINGS[name])
+    assert torch.equal(experts, expected_experts)
+    torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=1e-5)
+
+
+def test_equal_scores_go_to_the_lower_expert():
+    _, experts = moe.route(torch.zeros(2, 10), None, Routing(3, "softmax", 1, 1, False, 1.0))
+    assert experts.tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(1, 3, 5), (6, 2, 9), (1, 1, 1)])
+def test_mix_of_few_pairs(tokens, top_k, num_experts, shared):
+    check_mix(moe._mix_pairs, tokens, top_k, num_experts, shared)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(1, 3, 5), (70, 2, 3), (40, 4, 30)])
+def test_mix_by_expert(tokens, top_k, num_experts, shared):
+    """Experts without tokens, with one, and with more than a tile."""
+    check_mix(moe._mix_grouped, tokens, top_k, num_experts, shared)
+
+
+def check_mix(mix, tokens, top_k, num_experts, shared):
+    dim, hidden = 40, 24
+    x, extra = torch.randn(tokens, dim + 8)[:, :dim], torch.randn(tokens, dim) if shared else None
+    gate_up, down = torch.randn(num_experts, 2 * hidden, dim) / 6, torch.randn(num_experts, dim, hidden) / 5
+    weights = torch.rand(tokens, top_k)
+    experts = torch.rand(tokens, num_experts).pow(3).topk(top_k).indices
+    got = mix(x, weights, experts, gate_up, down, "silu", extra)
+    expected = reference_moe.mix_experts(x, weights, experts, gate_up, down, "silu", extra)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,176 @@
+"""y = W·x for one token, at the speed of reading W, with what surrounds the product in the same launch: the norm of
+x before it; bias, gated activation and residual sum behind it.
+
+A program owns BLOCK_N rows of W and holds the next tile in registers while it works on one. W depends on no earlier
+kernel, so with programmatic dependent launch (sm_90) the first tile is fetched while the kernel before still runs;
+`griddepcontrol.wait` stands before the first read of anything else.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from octavo.kernels.spec import InputNorm, Tensor
+from octavo.kernels.triton.gated_activation import activate
+
+
+@triton.jit
+def _tile(weight, n, k, rows, width):
+    """Rows n, columns k of weight (rows, width), 0 outside."""
+    mask = (n < rows)[:, None] & (k < width)[None, :]
+    at = weight + n.to(tl.int64)[:, None] * width + k[None, :]
+    return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["eps"])
+def gemv_kernel(
+    x, weight, bias, norm_weight, residual, out, rows, width, eps,
+    KIND: tl.constexpr, UNIT_OFFSET: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N entries of out (rows,): act(gate) · up where KIND names an activation, with W (2·rows, width), gate's
+    rows first; else W (rows, width). x, norm_weight (width,), bias as out's rows of W, residual (rows,)."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    tile = _tile(weight, n, k, rows, width)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    square = tl.zeros((BLOCK_K,), tl.float32)
+    if KIND is not None:
+        up_weight = weight + rows.to(tl.int64) * width
+        up_tile = _tile(up_weight, n, k, rows, width)
+        up_acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for k0 in range(0, width, BLOCK_K):
+        at = k0 + k
+        value = tl.load(x + at, mask=at < width, other=0.0).to(tl.float32)
+        if norm_weight is not None:
+            square += value * value
+            scale = tl.load(norm_weight + at, mask=at < width, other=0.0).to(tl.float32)
+            value *= scale + 1.0 if UNIT_OFFSET else scale
+        following = _tile(weight, n, at + BLOCK_K, rows, width)
+        acc += tile.to(tl.float32) * value[None, :]
+        tile = following
+        if KIND is not None:
+            up_following = _tile(up_weight, n, at + BLOCK_K, rows, width)
+            up_acc += up_tile.to(tl.float32) * value[None, :]
+            up_tile = up_following
+    scale = 1.0
+    if norm_weight is not None:
+        scale = tl.rsqrt(tl.sum(square, 0) / width + eps)
+    y = tl.sum(acc, 1) * scale
+    used = n < rows
+    if bias is not None:
+        y += tl.load(bias + n, mask=used, other=0.0).to(tl.float32)
+    if KIND is not None:
+        up = tl.sum(up_acc, 1) * scale
+        if bias is not None:
+            up += tl.load(bias + rows + n, mask=used, other=0.0).to(tl.float32)
+        y = activate(y, KIND) * up
+    if residual is not None:
+        y += tl.load(residual + n, mask=used, other=0.0).to(tl.float32)
+    tl.store(out + n, y.to(out.dtype.element_ty), mask=used)
+
+
+@triton.jit(do_not_specialize=["eps", "batch"])
+def gemv_dot_kernel(
+    x, weight, bias, norm_weight, residual, out, batch, rows, width, eps, stride_x, stride_r,
+    KIND: tl.constexpr, UNIT_OFFSET: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As `gemv_kernel` for x (batch, width), batch <= BLOCK_M, by matrix instructions; out (batch, rows)."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    m = tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    square = tl.zeros((BLOCK_M,), tl.float32)
+    if KIND is not None:
+        up_weight = weight + rows.to(tl.int64) * width
+        up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for k0 in range(0, width, BLOCK_K):
+        at = k0 + k
+        mask = (m < batch)[:, None] & (at < width)[None, :]
+        value = tl.load(x + m[:, None] * stride_x + at[None, :], mask=mask, other=0.0)
+        tile = _tile(weight, n, at, rows, width)
+        if norm_weight is not None:
+            wide = value.to(tl.float32)
+            square += tl.sum(wide * wide, 1)
+            scale = tl.load(norm_weight + at, mask=at < width, other=0.0).to(tl.float32)
+            scale = scale + 1.0 if UNIT_OFFSET else scale
+            value = (wide * scale[None, :]).to(value.dtype)
+        acc = tl.dot(value, tile.T, acc)
+        if KIND is not None:
+            up_acc = tl.dot(value, _tile(up_weight, n, at, rows, width).T, up_acc)
+    scale = tl.full((BLOCK_M,), 1.0, tl.float32)
+    if norm_weight is not None:
+        scale = tl.rsqrt(square / width + eps)
+    y = acc * scale[:, None]
+    used = (m < batch)[:, None] & (n < rows)[None, :]
+    if bias is not None:
+        y += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
+    if KIND is not None:
+        up = up_acc * scale[:, None]
+        if bias is not None:
+            up += tl.load(bias + rows + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
+        y = activate(y, KIND) * up
+    if residual is not None:
+        y += tl.load(residual + m[:, None] * stride_r + n[None, :], mask=used, other=0.0).to(tl.float32)
+    tl.store(out + m[:, None] * rows + n[None, :], y.to(out.dtype.element_ty), mask=used)
+
+
+MOST_ROWS = 16  # of x; beyond, a library's matrix product reads W as fast
+
+
+def refuses_linear_small_batch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: InputNorm | None, activation: str | None,
+    residual: Tensor | None, out_dtype: torch.dtype,
+) -> str | None:  # fmt: skip
+    """Why this backend cannot take the call, or None."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or weight.dtype != x.dtype:
+        return f"it multiplies tensors of one dtype up to fp32, not {x.dtype} by {weight.dtype}"
+    if x.shape[0] > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} rows"
+    if x.shape[0] > 1 and (x.dtype == torch.float32 or (norm is not None and x.dtype == torch.float16)):
+        # fp32 would be multiplied as tf32; x · w of the norm could leave fp16's range before it is scaled
+        return f"its matrix instructions would lose {x.dtype}"
+    contiguous = weight.is_contiguous() and x.stride(1) == 1 and (residual is None or residual.stride(1) == 1)
+    return None if contiguous else "it takes contiguous rows"
+
+
+def linear_small_batch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: InputNorm | None, activation: str | None,
+    residual: Tensor | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """x (M, K), weight (N, K) → (M, N), or (M, N / 2) gated."""
+    batch, width = x.shape
+    rows = weight.shape[0] if activation is None else weight.shape[0] // 2
+    out = torch.empty((batch, rows), dtype=out_dtype, device=x.device)
+    norm_weight, eps, unit_offset = (None, 0.0, False) if norm is None else norm
+    if batch == 1:
+        block_n, block_k, num_warps = gemv_tile(rows, width)
+        gemv_kernel[(triton.cdiv(rows, block_n),)](
+            x, weight, bias, norm_weight, residual, out, rows, width, eps,
+            KIND=activation, UNIT_OFFSET=unit_offset, PDL=False, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
+        )  # fmt: skip
+    elif batch:
+        block_n, block_k, num_warps, num_stages = gemv_dot_tile(rows, width)
+        gemv_dot_kernel[(triton.cdiv(rows, block_n),)](
+            x, weight, bias, norm_weight, residual, out, batch, rows, width, eps, x.stride(0),
+            0 if residual is None else residual.stride(0), KIND=activation, UNIT_OFFSET=unit_offset, PDL=False,
+            BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    return out
+
+
+def gemv_tile(rows: int, width: int) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_K, warps)."""
+    return 8, 512, 4
+
+
+def gemv_dot_tile(rows: int, width: int) -> tuple[int, int, int, int]:
+    """(BLOCK_N, BLOCK_K, warps, stages)."""
+    return 16, 128, 4, 4

@@ -1,0 +1,370 @@
+"""Experts on the GPU without a host read: choice, sorting by expert, grouped matrix products, weighted sum.
+
+A *pair* is one (token, expert) choice, numbered token · k + place. Few pairs: each is a matrix-vector product of its
+own, so nothing is sorted and every needed weight is read once. Many: `sort_kernel` lists the pairs by expert, and each
+program of the grouped products finds its tile in the experts' offsets, so the grid depends on shapes only and a CUDA
+graph can replay it for other choices. Sums are in a fixed order: same input, same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.kernels.spec import Routing, Tensor
+from octavo.kernels.triton.gated_activation import activate
+
+
+@triton.jit
+def _best(scores, index):
+    """(largest entry, its index), the lowest index among equals, as torch.topk's order is undefined there."""
+    top = tl.max(scores, 0)
+    return top, tl.min(tl.where(scores == top, index, 1 << 30), 0)
+
+
+@triton.jit(do_not_specialize=["scaling"])
+def route_kernel(
+    logits, bias, weights, experts, scaling,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SIGMOID: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One token: its scores, the best groups, the TOP_K best experts within them and their weights."""
+    token = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK_E)
+    used = e < NUM_EXPERTS
+    x = tl.load(logits + token * NUM_EXPERTS + e, mask=used, other=float("-inf"))
+    if SIGMOID:
+        scores = tl.sigmoid(tl.maximum(x, -80.0))
+    else:
+        x = tl.exp(x - tl.max(x, 0))
+        scores = x / tl.sum(x, 0)
+    choice = scores
+    if bias is not None:
+        choice += tl.load(bias + e, mask=used, other=0.0)
+    choice = tl.where(used, choice, float("-inf"))
+    if NUM_GROUPS > 1:
+        group = e // (NUM_EXPERTS // NUM_GROUPS)
+        g = tl.arange(0, BLOCK_G)
+        of_group = (group[None, :] == g[:, None]) & used[None, :]
+        in_group = tl.where(of_group, choice[None, :], float("-inf"))
+        value = tl.max(in_group, 1)
+        if bias is not None:  # a group counts as its two best experts
+            first = tl.min(tl.where(in_group == value[:, None], e[None, :], 1 << 30), 1)
+            second = tl.max(tl.where(e[None, :] == first[:, None], float("-inf"), in_group), 1)
+            value += second
+        value = tl.where(g < NUM_GROUPS, value, float("-inf"))
+        is_open = tl.zeros((BLOCK_G,), tl.int32)
+        for _ in tl.static_range(TOPK_GROUPS):
+            _, best = _best(value, g)
+            is_open = tl.where(g == best, 1, is_open)
+            value = tl.where(g == best, float("-inf"), value)
+        seen = tl.sum(of_group.to(tl.int32) * is_open[:, None], 0) > 0
+        choice = tl.where(seen, choice, float("-inf"))
+    place = tl.arange(0, BLOCK_K)
+    picked = tl.zeros((BLOCK_K,), tl.int32)
+    weight = tl.zeros((BLOCK_K,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        _, best = _best(choice, e)
+        picked = tl.where(place == j, best, picked)
+        weight = tl.where(place == j, tl.sum(tl.where(e == best, scores, 0.0), 0), weight)
+        choice = tl.where(e == best, float("-inf"), choice)
+    if NORMALISE:
+        weight /= tl.maximum(tl.sum(weight, 0), 1e-20)
+    to = token * TOP_K + place
+    tl.store(weights + to, weight * scaling, mask=place < TOP_K)
+    tl.store(experts + to, picked.to(experts.dtype.element_ty), mask=place < TOP_K)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def sort_kernel(experts, order, offsets, pairs, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One expert: where its pairs begin, and their numbers in order. offsets (NUM_EXPERTS + 1,), order (pairs,)."""
+    e = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    before = tl.zeros((BLOCK,), tl.int32)
+    for p0 in range(0, pairs, BLOCK):
+        chosen = tl.load(experts + p0 + i, mask=p0 + i < pairs, other=NUM_EXPERTS)
+        before += (chosen < e).to(tl.int32)
+    base = tl.sum(before, 0)
+    tl.store(offsets + e, base)
+    if e == NUM_EXPERTS - 1:
+        tl.store(offsets + NUM_EXPERTS, pairs)
+    for p0 in range(0, pairs, BLOCK):
+        mine = (tl.load(experts + p0 + i, mask=p0 + i < pairs, other=NUM_EXPERTS) == e).to(tl.int32)
+        to = base + tl.cumsum(mine, 0) - mine
+        tl.store(order + to, p0 + i, mask=mine > 0)
+        base += tl.sum(mine, 0)
+
+
+@triton.jit
+def _find_tile(tile, offsets, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(expert, first row, end of rows) of the tile; expert == NUM_EXPERTS when there is no such tile."""
+    e = tl.arange(0, BLOCK_E)
+    start = tl.load(offsets + e, mask=e < NUM_EXPERTS, other=0)
+    end = tl.load(offsets + e + 1, mask=e < NUM_EXPERTS, other=0)
+    tiles = tl.cdiv(end - start, BLOCK_M)
+    through = tl.cumsum(tiles, 0)
+    expert = tl.sum(((through <= tile) & (e < NUM_EXPERTS)).to(tl.int32), 0)
+    mine = e == expert
+    first = tl.sum(tl.where(mine, start + (tile - (through - tiles)) * BLOCK_M, 0), 0)
+    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
+
+
+@triton.jit(do_not_specialize=["max_tiles"])
+def grouped_gate_up_kernel(
+    x, weight, order, offsets, out, width, hidden, stride_x, max_tiles,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """act(gate)·up of BLOCK_M sorted pairs of one expert, BLOCK_N columns: x (T, width), weight (E, 2·hidden, width),
+    out (pairs, hidden) in sorted order."""
+    tile = tl.program_id(0) % max_tiles
+    n = tl.program_id(0) // max_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert, first, end = _find_tile(tile, offsets, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    if expert < NUM_EXPERTS:
+        row = first + tl.arange(0, BLOCK_M)
+        pair = tl.load(order + row, mask=row < end, other=0)
+        k = tl.arange(0, BLOCK_K)
+        from_x = x + (pair // TOP_K).to(tl.int64)[:, None] * stride_x + k[None, :]
+        safe_n = tl.where(n < hidden, n, 0)
+        from_gate = weight + (expert.to(tl.int64) * 2 * hidden + safe_n)[None, :] * width + k[:, None]
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, width, BLOCK_K):
+            left = width - k0
+            value = tl.load(from_x + k0, mask=(k < left)[None, :], other=0.0)
+            gate_tile = tl.load(from_gate + k0, mask=(k < left)[:, None], other=0.0)
+            up_tile = tl.load(from_gate + hidden.to(tl.int64) * width + k0, mask=(k < left)[:, None], other=0.0)
+            gate = tl.dot(value, gate_tile, gate)
+            up = tl.dot(value, up_tile, up)
+        value = activate(gate, KIND) * up
+        to = out + row.to(tl.int64)[:, None] * hidden + n[None, :]
+        tl.store(to, value.to(out.dtype.element_ty), mask=(row < end)[:, None] & (n < hidden)[None, :])
+
+
+@triton.jit(do_not_specialize=["max_tiles"])
+def grouped_down_kernel(
+    x, weight, order, offsets, out, width, rows, max_tiles,
+    NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M sorted pairs of one expert, BLOCK_N columns: x (pairs, width) sorted, weight (E, rows, width), out
+    (pairs, rows) in the pairs' own order."""
+    tile = tl.program_id(0) % max_tiles
+    n = tl.program_id(0) // max_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert, first, end = _find_tile(tile, offsets, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    if expert < NUM_EXPERTS:
+        row = first + tl.arange(0, BLOCK_M)
+        k = tl.arange(0, BLOCK_K)
+        from_x = x + tl.where(row < end, row, first).to(tl.int64)[:, None] * width + k[None, :]
+        safe_n = tl.where(n < rows, n, 0)
+        from_w = weight + (expert.to(tl.int64) * rows + safe_n)[None, :] * width + k[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, width, BLOCK_K):
+            left = width - k0
+            value = tl.load(from_x + k0, mask=(k < left)[None, :], other=0.0)
+            acc = tl.dot(value, tl.load(from_w + k0, mask=(k < left)[:, None], other=0.0), acc)
+        pair = tl.load(order + row, mask=row < end, other=0).to(tl.int64)
+        to = out + pair[:, None] * rows + n[None, :]
+        tl.store(to, acc.to(out.dtype.element_ty), mask=(row < end)[:, None] & (n < rows)[None, :])
+
+
+@triton.jit
+def combine_kernel(x, weights, shared, out, width, stride_s, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = Σ_j weights[t, j] · x[t, j] (+ shared[t]), in fp32, rounded once; x (T, TOP_K, width)."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    used = d < width
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        acc += tl.load(weights + pair) * tl.load(x + pair * width + d, mask=used, other=0.0).to(tl.float32)
+    if shared is not None:
+        acc += tl.load(shared + token * stride_s + d, mask=used, other=0.0).to(tl.float32)
+    tl.store(out + token * width + d, acc.to(out.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def _rows_dot(weight, x, n, rows, width, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows n of weight (rows, width), times x (width,); a tile ahead is in flight."""
+    k = tl.arange(0, BLOCK_K)
+    from_w = weight + tl.where(n < rows, n, 0).to(tl.int64)[:, None] * width + k[None, :]
+    tile = tl.load(from_w, mask=(k < width)[None, :], other=0.0)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k0 in range(0, width, BLOCK_K):
+        following = tl.load(from_w + k0 + BLOCK_K, mask=(k < width - k0 - BLOCK_K)[None, :], other=0.0)
+        value = tl.load(x + k0 + k, mask=k < width - k0, other=0.0).to(tl.float32)
+        acc += tile.to(tl.float32) * value[None, :]
+        tile = following
+    return tl.sum(acc, 1)
+
+
+@triton.jit
+def pair_gate_up_kernel(
+    x, weight, experts, out, width, hidden, stride_x,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One pair, BLOCK_N columns of act(gate)·up; out (pairs, hidden)."""
+    pair = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert = tl.load(experts + pair).to(tl.int64)
+    row = x + pair // TOP_K * stride_x
+    gate_weight = weight + expert * 2 * hidden * width
+    gate = _rows_dot(gate_weight, row, n, hidden, width, BLOCK_N, BLOCK_K)
+    up = _rows_dot(gate_weight + hidden.to(tl.int64) * width, row, n, hidden, width, BLOCK_N, BLOCK_K)
+    value = activate(gate, KIND) * up
+    tl.store(out + pair * hidden + n, value.to(out.dtype.element_ty), mask=n < hidden)
+
+
+@triton.jit
+def pair_down_kernel(
+    x, weight, weights, experts, shared, out, width, rows, stride_s,
+    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One token, BLOCK_N columns of Σ_j weights_j · W_j·x_j (+ shared); x (T, TOP_K, width), out (T, rows)."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for j in range(TOP_K):
+        pair = token * TOP_K + j
+        expert = tl.load(experts + pair).to(tl.int64)
+        y = _rows_dot(weight + expert * rows * width, x + pair * width, n, rows, width, BLOCK_N, BLOCK_K)
+        acc += tl.load(weights + pair) * y.to(out.dtype.element_ty).to(tl.float32)
+    if shared is not None:
+        acc += tl.load(shared + token * stride_s + n, mask=n < rows, other=0.0).to(tl.float32)
+    tl.store(out + token * rows + n, acc.to(out.dtype.element_ty), mask=n < rows)
+
+
+MOST_PAIRS = 48  # computed each on its own; beyond, experts shared by tokens make sorting pay
+
+
+def refuses_route(logits: Tensor, bias: Tensor | None, routing: Routing) -> str | None:
+    """Why this backend cannot take the call, or None."""
+    if logits.dtype != torch.float32 or not logits.is_contiguous():
+        return "it takes contiguous fp32 logits"
+    return None if logits.shape[1] <= 1024 else "it holds at most 1024 experts"
+
+
+def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """logits (T, E) fp32 → weights (T, k) fp32, experts (T, k) int64; the lower expert wins among equals."""
+    tokens, num_experts = logits.shape
+    weights = torch.empty((tokens, routing.top_k), dtype=torch.float32, device=logits.device)
+    experts = torch.empty((tokens, routing.top_k), dtype=torch.int64, device=logits.device)
+    if tokens:
+        block = triton.next_power_of_2(num_experts)
+        route_kernel[(tokens,)](
+            logits, bias, weights, experts, routing.scaling_factor, NUM_EXPERTS=num_experts, TOP_K=routing.top_k,
+            SIGMOID=routing.scoring == "sigmoid", NUM_GROUPS=routing.num_groups, TOPK_GROUPS=routing.topk_groups,
+            NORMALISE=routing.norm_topk_prob, BLOCK_E=block, BLOCK_G=triton.next_power_of_2(routing.num_groups),
+            BLOCK_K=triton.next_power_of_2(routing.top_k), num_warps=1 if block * routing.num_groups <= 256 else 4,
+        )  # fmt: skip
+    return weights, experts
+
+
+def refuses_mix_experts(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None
+) -> str | None:
+    """Why this backend cannot take the call, or None."""
+    if any(t.dtype != x.dtype for t in (gate_up, down)) or x.dtype == torch.float64:
+        return f"it multiplies tensors of one dtype up to fp32, not {x.dtype} by {gate_up.dtype}"
+    if x.dtype == torch.float32 and experts.numel() > MOST_PAIRS:
+        return "it would multiply fp32 as tf32"
+    plain = gate_up.is_contiguous() and down.is_contiguous() and x.stride(1) == 1
+    plain = plain and (shared is None or shared.stride(1) == 1)
+    return None if plain and weights.dtype == torch.float32 else "it takes contiguous rows and fp32 weights"
+
+
+def mix_experts(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None
+) -> Tensor:
+    """x (T, D), weights and experts (T, k), gate_up (E, 2·H, D), down (E, D, H) → (T, D)."""
+    weights, experts = weights.contiguous(), experts.contiguous()
+    if experts.numel() == 0:
+        return torch.empty_like(x) if shared is None else shared.clone()
+    if experts.numel() <= MOST_PAIRS:
+        return _mix_pairs(x, weights, experts, gate_up, down, activation, shared)
+    return _mix_grouped(x, weights, experts, gate_up, down, activation, shared)
+
+
+def _mix_pairs(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None
+) -> Tensor:
+    tokens, dim = x.shape
+    top_k, hidden = experts.shape[1], down.shape[2]
+    h = torch.empty((tokens * top_k, hidden), dtype=x.dtype, device=x.device)
+    out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
+    block_n, block_k, num_warps = PAIR_GATE_UP_TILE
+    pair_gate_up_kernel[(tokens * top_k, triton.cdiv(hidden, block_n))](
+        x, gate_up, experts, h, dim, hidden, x.stride(0),
+        TOP_K=top_k, KIND=activation, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
+    )  # fmt: skip
+    block_n, block_k, num_warps = PAIR_DOWN_TILE
+    pair_down_kernel[(tokens, triton.cdiv(dim, block_n))](
+        h, down, weights, experts, shared, out, hidden, dim, 0 if shared is None else shared.stride(0),
+        TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
+    )  # fmt: skip
+    return out
+
+
+def _mix_grouped(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None
+) -> Tensor:
+    tokens, dim = x.shape
+    top_k, (num_experts, _, hidden) = experts.shape[1], down.shape
+    pairs = tokens * top_k
+    order = torch.empty(pairs, dtype=torch.int32, device=x.device)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
+    sort_kernel[(num_experts,)](
+        experts, order, offsets, pairs, NUM_EXPERTS=num_experts, BLOCK=min(triton.next_power_of_2(pairs), 2048)
+    )
+    h = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
+    y = torch.empty((pairs, dim), dtype=x.dtype, device=x.device)
+    out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
+    block_e = triton.next_power_of_2(num_experts)
+    gate_up_tile, down_tile = grouped_tiles(pairs / num_experts)
+    tiles = most_tiles(pairs, num_experts, gate_up_tile.block_m)
+    grouped_gate_up_kernel[(tiles * triton.cdiv(hidden, gate_up_tile.block_n),)](
+        x, gate_up, order, offsets, h, dim, hidden, x.stride(0), tiles,
+        TOP_K=top_k, KIND=activation, NUM_EXPERTS=num_experts, BLOCK_E=block_e, **gate_up_tile.options(),
+    )  # fmt: skip
+    tiles = most_tiles(pairs, num_experts, down_tile.block_m)
+    grouped_down_kernel[(tiles * triton.cdiv(dim, down_tile.block_n),)](
+        h, down, order, offsets, y, hidden, dim, tiles,
+        NUM_EXPERTS=num_experts, BLOCK_E=block_e, **down_tile.options(),
+    )  # fmt: skip
+    combine_kernel[(tokens, triton.cdiv(dim, 1024))](
+        y, weights, shared, out, dim, 0 if shared is None else shared.stride(0), TOP_K=top_k, BLOCK=1024
+    )
+    return out
+
+
+def most_tiles(pairs: int, num_experts: int, block_m: int) -> int:
+    """A bound on Σ_e ceil(pairs of e / block_m) that needs shapes only."""
+    return min(num_experts, pairs) + pairs // block_m
+
+
+class GroupedTile(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+PAIR_GATE_UP_TILE = (8, 512, 4)  # BLOCK_N, BLOCK_K, warps
+PAIR_DOWN_TILE = (8, 512, 4)
+
+
+def grouped_tiles(pairs_per_expert: float) -> tuple[GroupedTile, GroupedTile]:
+    """Of the gate-up and the down product."""
+    return GroupedTile(64, 64, 64, 4, 3), GroupedTile(64, 128, 64, 4, 3)

@@ -201,16 +201,16 @@ def test_an_interrupt_waits_for_the_step_and_leaves_the_engine_whole(llm, genera
     """Ctrl-C in the middle of a step: KeyboardInterrupt comes after it, and the next call works."""
     assert threading.current_thread() is threading.main_thread()
     monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
-    execute = llm.engine.runner.execute
+    launch = llm.engine.runner.launch
 
-    def interrupted(output):
+    def interrupted(output, *masks):
         os.kill(os.getpid(), signal.SIGINT)
-        return execute(output)
+        return launch(output, *masks)
 
-    monkeypatch.setattr(llm.engine.runner, "execute", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "the hen"], GREEDY)
-    monkeypatch.setattr(llm.engine.runner, "execute", execute)
+    monkeypatch.setattr(llm.engine.runner, "launch", launch)
     llm.engine.check_integrity()
     assert llm.engine.num_unfinished == 0
     assert [output.text for output in llm.generate(["a", "the hen"], GREEDY)] == generations
@@ -218,7 +218,7 @@ def test_an_interrupt_waits_for_the_step_and_leaves_the_engine_whole(llm, genera
 
 def test_a_failed_step_raises_and_the_next_call_works(llm, generations, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "execute", lambda output: 1 / 0)
+        patch.setattr(llm.engine.runner, "launch", lambda *step: 1 / 0)
         with pytest.raises(RuntimeError, match="its log holds the reason"):
             llm.generate("a", GREEDY)
     assert llm.generate("a", GREEDY)[0].text == generations[0]

@@ -15,11 +15,10 @@ et al. 2023). Beside them stand the bytes saved: what sequences that share block
 sharing.
 """
 
-from collections.abc import Sequence as List
 from dataclasses import asdict, dataclass
 
 from octavo.engine.contiguous_allocator import RESERVATIONS, ContiguousUse, Span, simulate_contiguous
-from octavo.engine.request import Request, Sequence
+from octavo.engine.request import Request
 from octavo.engine.scheduler import Scheduler
 
 PARTS = ("used", "reserved", "internal", "external", "cached", "free")

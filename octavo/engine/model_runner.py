@@ -13,186 +13,277 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from octavo.engine.decode_graphs import DecodeGraphs, TableEntries
 from octavo.engine.kv_cache import PagedKVCache
 from octavo.engine.outputs import Logprob
 from octavo.engine.request import Sequence
-from octavo.engine.sampler import Sampler, token_logprobs, top_logprobs
+from octavo.engine.sampler import DrawnTokens, Sampler, token_logprobs, top_logprobs
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import PromptChunkLogprobs, ScheduledSequence, SchedulerOutput, StepResult
+from octavo.engine.transfer import Readback, to_device
 from octavo.models.causal_lm import CausalLM
+from octavo.nn.cache import LayerKVCache, LayerLatentCache
 from octavo.ops.metadata import AttentionMetadata
 
 _PROMPT_LOGPROB_ROWS = 128  # positions whose logits exist at a time: 128 · 150k · 4 bytes = 77 MB
 
 
 class BlockTables:
-    """The block table of every sequence in the batch, as rows of one int32 array that is updated by differences."""
+    """The block table of every sequence in the batch, as rows of one int32 array that is updated by differences.
+
+    A sequence keeps its row, its *slot*, as long as it is in every batch.
+    """
 
     def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
-        self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self.table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self.slots = np.empty(0, dtype=np.int64)  # of the batch's sequences, in order
         self._filled = np.zeros(max_num_seqs, dtype=np.int64)  # leading entries of each row that are right
-        self._row_of: dict[int, int] = {}
+        self._sent = np.zeros(max_num_seqs, dtype=np.int64)  # and those of them that `unsent` has given out
+        self._slot_of: dict[int, int] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._sequences: list[Sequence] = []
-        self._rows = np.empty(0, dtype=np.int64)
 
-    def update(self, sequences: list[Sequence], rewritten: bool) -> NDArray[np.int32]:
-        """(B, most blocks) for these sequences in order. `rewritten`: entries that were right may have changed."""
+    def update(self, sequences: list[Sequence], rewritten: bool) -> None:
+        """Makes the tables of these sequences right. `rewritten`: entries that were right may have changed."""
         if sequences != self._sequences:
             self._change_batch(sequences)
         if rewritten:
-            self._filled[self._rows] = 0
+            self._filled[self.slots] = self._sent[self.slots] = 0
         lengths = np.fromiter([len(seq.block_table) for seq in sequences], np.int64, len(sequences))
-        for i in np.flatnonzero(self._filled[self._rows] != lengths):
-            row, filled = self._rows[i], self._filled[self._rows[i]]
-            self._table[row, filled : lengths[i]] = sequences[i].block_table[filled:]
-            self._filled[row] = lengths[i]
-        return self._table[self._rows, : lengths.max()]
+        self.grow(np.flatnonzero(self._filled[self.slots] != lengths))
 
-    def grow(self, indices: NDArray[np.int64], num_columns: int) -> NDArray[np.int32]:
-        """The same batch again, where only the sequences at `indices` took another block."""
+    def grow(self, indices: NDArray[np.int64]) -> None:
+        """The same batch again, where only the sequences at `indices` took more blocks."""
         for i in indices:
-            row, blocks = self._rows[i], self._sequences[i].block_table
-            self._table[row, self._filled[row] : len(blocks)] = blocks[self._filled[row] :]
-            self._filled[row] = len(blocks)
-        return self._table[self._rows, :num_columns]
+            slot, blocks = self.slots[i], self._sequences[i].block_table
+            self.table[slot, self._filled[slot] : len(blocks)] = blocks[self._filled[slot] :]
+            self._filled[slot] = len(blocks)
+
+    def unsent(self) -> TableEntries:
+        """The entries of the batch that are new since the last call."""
+        slots = self.slots[self._filled[self.slots] != self._sent[self.slots]]
+        counts = self._filled[slots] - self._sent[slots]
+        firsts = np.repeat(self._sent[slots] - (counts.cumsum() - counts), counts)
+        rows, columns = np.repeat(slots, counts), firsts + np.arange(len(firsts))
+        self._sent[slots] = self._filled[slots]
+        return TableEntries(rows, columns, self.table[rows, columns].astype(np.int64))
 
     def _change_batch(self, sequences: list[Sequence]) -> None:
         """Keeps the rows of those that stay; nothing is kept for the others, so a preempted sequence is read afresh."""
-        old = self._row_of
+        old = self._slot_of
         new: dict[int, int] = {}
         arrived = []
         for seq in sequences:
-            row = old.pop(seq.seq_id, None)
-            if row is None:
+            slot = old.pop(seq.seq_id, None)
+            if slot is None:
                 arrived.append(seq.seq_id)
             else:
-                new[seq.seq_id] = row
+                new[seq.seq_id] = slot
         self._free += old.values()
         for seq_id in arrived:
-            new[seq_id] = row = self._free.pop()
-            self._filled[row] = 0
-        self._row_of = new
+            new[seq_id] = slot = self._free.pop()
+            self._filled[slot] = self._sent[slot] = 0
+        self._slot_of = new
         self._sequences = sequences
-        self._rows = np.fromiter([new[seq.seq_id] for seq in sequences], np.int64, len(sequences))
+        self.slots = np.fromiter([new[seq.seq_id] for seq in sequences], np.int64, len(sequences))
 
 
-def _new_tokens(entry: ScheduledSequence) -> list[int]:
-    start = entry.seq.num_computed_tokens
-    return entry.seq.token_ids[start : start + entry.num_new_tokens]
+_ON_DEVICE = -1  # in the place of a token id that only the device knows yet
 
 
 @dataclass(slots=True)
-class _SteadyBatch:
-    """A step that only decoded. If the next schedules the same sequences, it follows from this one."""
+class Batch:
+    """A step on the host: B sequences with T new tokens."""
 
     scheduled: tuple[ScheduledSequence, ...]
-    starts: NDArray[np.int64]  # (B,) position of the step's token
-    token_ids: NDArray[np.int64]  # (B,) of the step; once it is sampled, of the next
+    starts: NDArray[np.int64]  # (B,) position of each sequence's first new token
+    counts: NDArray[np.int64]  # (B,) its new tokens
+    token_ids: NDArray[np.int64]  # (T,)
+    decodes: bool  # one token each, every one sampled from: the next step may follow from this one
+
+
+class StepInFlight:
+    """A step that was launched: the device computes it, or has."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        drawn: DrawnTokens | None,
+        prompt_logprobs: tuple[PromptChunkLogprobs, ...] = (),
+        batch: Batch | None = None,
+    ) -> None:
+        """batch: takes the tokens as its own, for the next step to go on from."""
+        self._sampler, self._drawn, self._prompt_logprobs, self._batch = sampler, drawn, prompt_logprobs, batch
+        self._readback = None if drawn is None else Readback(drawn.tokens)
+
+    def wait(self) -> StepResult:
+        """Its result, once; steps are waited for in the order of their launches."""
+        if self._drawn is None or self._readback is None:
+            return StepResult([], prompt_logprobs=self._prompt_logprobs)
+        tokens = self._sampler.report(self._drawn, self._readback.wait())
+        if self._batch is not None:
+            self._batch.token_ids = np.array(tokens.token_ids, dtype=np.int64)
+        return StepResult(tokens.token_ids, tokens.logprobs, tokens.top_logprobs, self._prompt_logprobs)
 
 
 class ModelRunner:
-    """Executes steps. Owns model, cache, sampler; not thread-safe: one step at a time.
+    """Executes steps. Owns model, cache, sampler; not thread-safe.
 
     Args:
         max_num_seqs, max_model_len: bounds of the scheduler's steps.
+        decode_graphs: runs the steps that only decode, and keeps every sequence's newest token on the device, so that a
+            step may be launched before the last one is read. None computes all steps alike, one at a time: on a CPU.
     """
 
     def __init__(
-        self, model: CausalLM, kv_cache: PagedKVCache, sampler: Sampler, *, max_num_seqs: int, max_model_len: int
+        self,
+        model: CausalLM,
+        kv_cache: PagedKVCache,
+        sampler: Sampler,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        decode_graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.sampler = sampler
-        self._device = kv_cache.layers[0].tensors[0].device
+        self._device = model.device
+        self._graphs = decode_graphs
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // kv_cache.block_size))
-        self._steady: _SteadyBatch | None = None
+        self._steady: Batch | None = None  # a step that only decoded, from which the next may follow
+        self._sampled: set[int] = set()  # seq_ids whose newest token the last step left on the device
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the one before it has been waited for."""
+        return self._graphs is not None
+
+    def execute(self, output: SchedulerOutput, token_bitmasks: Mapping[int, torch.Tensor] | None = None) -> StepResult:
+        """`launch`, then wait."""
+        return self.launch(output, token_bitmasks).wait()
 
     @torch.inference_mode()
-    def execute(self, output: SchedulerOutput, token_bitmasks: Mapping[int, torch.Tensor] | None = None) -> StepResult:
-        """Runs one step as `octavo.engine.step` tells it. `token_bitmasks`: see `Sampler.sample`."""
+    def launch(self, output: SchedulerOutput, token_bitmasks: Mapping[int, torch.Tensor] | None = None) -> StepInFlight:
+        """Starts one step as `octavo.engine.step` tells it. `token_bitmasks`: see `Sampler.draw`.
+
+        Reads the sequences now, not later: what the scheduler changes afterwards belongs to the next step.
+        """
         scheduled = output.scheduled
         if not scheduled:
-            return StepResult([])
+            return StepInFlight(self.sampler, None)
         self.kv_cache.copy_blocks(output.block_copies)
-        token_ids, positions, metadata = self._batch(output)
-        steady, self._steady = self._steady, None  # what a step that fails leaves behind is not to be built upon
-        hidden = self.model(token_ids, positions, self.kv_cache.layers, metadata)
-        if steady is not None:
-            tokens = self.sampler.sample(self.model.compute_logits(hidden), scheduled, token_bitmasks)
-            steady.token_ids = np.array(tokens.token_ids, dtype=np.int64)
-            self._steady = steady
-            return StepResult(tokens.token_ids, tokens.logprobs, tokens.top_logprobs)
-        prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
-        sampling = [entry for entry in scheduled if entry.num_samples]
-        if not sampling:
-            return StepResult([], prompt_logprobs=prompt_logprobs)
-        if len(sampling) < len(hidden):
-            hidden = hidden[self._last_rows(scheduled)]
-        tokens = self.sampler.sample(self.model.compute_logits(hidden), sampling, token_bitmasks)
-        return StepResult(tokens.token_ids, tokens.logprobs, tokens.top_logprobs, prompt_logprobs)
+        batch = self._batch(output)
+        self._steady = None  # what a step that fails leaves behind is not to be built upon
+        if batch.decodes:
+            logits, prompt_logprobs = self._decode(batch), ()
+        else:
+            hidden = self.model(*self._tensors(batch))
+            prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
+            scheduled = tuple(entry for entry in scheduled if entry.num_samples)
+            if not scheduled:
+                self._sampled = set()
+                return StepInFlight(self.sampler, None, prompt_logprobs)
+            logits = self.model.compute_logits(self._sampled_rows(batch, hidden))
+        drawn = self.sampler.draw(logits, scheduled, token_bitmasks)
+        if self._graphs is not None:
+            self._keep_tokens(self._graphs, batch, drawn.tokens)
+        self._steady = batch if batch.decodes else None
+        return StepInFlight(self.sampler, drawn, prompt_logprobs, None if self._graphs else self._steady)
 
-    def _batch(self, output: SchedulerOutput) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
-        """token_ids, positions and metadata of a step; sets `_steady` when the next one may build upon it."""
-        steady = self._steady
-        if steady is not None and steady.scheduled == output.scheduled and not output.block_copies:
+    def _batch(self, output: SchedulerOutput) -> Batch:
+        steady, scheduled = self._steady, output.scheduled
+        if steady is not None and steady.scheduled == scheduled and not output.block_copies:
             return self._next_batch(steady)
-        sequences = [entry.seq for entry in output.scheduled]
-        table = self._tables.update(sequences, rewritten=bool(output.block_copies))
-        size = len(sequences)
-        starts = np.fromiter([seq.num_computed_tokens for seq in sequences], np.int64, size)
-        counts = np.fromiter([entry.num_new_tokens for entry in output.scheduled], np.int64, size)
-        token_ids = np.array(list(chain.from_iterable(_new_tokens(entry) for entry in output.scheduled)))
-        rows = np.repeat(np.arange(size), counts)
-        ends = counts.cumsum()
-        positions = np.arange(ends[-1]) + (starts - ends + counts)[rows]
-        decodes = all(entry is entry.seq.decode_entry for entry in output.scheduled)
-        beams = any(seq.request.is_beam_search for seq in sequences)  # their next tokens are chosen elsewhere
-        self._steady = _SteadyBatch(output.scheduled, starts, token_ids) if decodes and not beams else None
-        return self._tensors(token_ids, positions, table, rows, starts, counts)
+        sequences = [entry.seq for entry in scheduled]
+        self._tables.update(sequences, rewritten=bool(output.block_copies))
+        starts = np.fromiter([seq.num_computed_tokens for seq in sequences], np.int64, len(sequences))
+        counts = np.fromiter([entry.num_new_tokens for entry in scheduled], np.int64, len(sequences))
+        token_ids = np.array(list(chain.from_iterable(self._new_tokens(entry) for entry in scheduled)), dtype=np.int64)
+        decodes = all(entry is entry.seq.decode_entry for entry in scheduled)
+        decodes = decodes and not any(seq.request.is_beam_search for seq in sequences)  # their tokens come from outside
+        return Batch(scheduled, starts, counts, token_ids, decodes)
 
-    def _next_batch(self, steady: "_SteadyBatch") -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+    def _next_batch(self, steady: Batch) -> Batch:
         """Each sequence goes on by the token that it was given."""
-        steady.starts = starts = steady.starts + 1
+        starts = steady.starts + 1
         assert starts[0] == steady.scheduled[0].seq.num_computed_tokens, "a steady batch advances by one token"
-        block_size = self.kv_cache.block_size
-        crossing = np.flatnonzero(starts % block_size == 0)
-        table = self._tables.grow(crossing, int(starts.max()) // block_size + 1)
-        return self._tensors(steady.token_ids, starts, table, np.arange(len(starts)), starts, np.ones_like(starts))
+        self._tables.grow(np.flatnonzero(starts % self.kv_cache.block_size == 0))
+        return Batch(steady.scheduled, starts, steady.counts, steady.token_ids, True)
+
+    def _new_tokens(self, entry: ScheduledSequence) -> list[int]:
+        seq, start = entry.seq, entry.seq.num_computed_tokens
+        if entry is seq.decode_entry and seq.seq_id in self._sampled:
+            return [_ON_DEVICE]
+        assert not seq.num_pending_tokens, "a token that is not known was left on the device"
+        return seq.token_ids[start : start + entry.num_new_tokens]
+
+    def _decode(self, batch: Batch) -> torch.Tensor:
+        """Logits (B, vocab) of a step of decodes."""
+        if self._graphs is None:
+            return self.model.compute_logits(self.model(*self._tensors(batch)))
+        slots, positions = self._tables.slots, batch.starts
+        self._send_tokens(self._graphs, slots, batch.token_ids)
+        return self._graphs.run(slots, positions, self._places(slots, positions), self._tables.unsent())
+
+    def _send_tokens(self, graphs: DecodeGraphs, slots: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Tokens that the device does not have: of candidates that forked from a prompt."""
+        known = token_ids != _ON_DEVICE
+        if known.any():
+            graphs.last_tokens[to_device(slots[known], self._device)] = to_device(token_ids[known], self._device)
+
+    def _keep_tokens(self, graphs: DecodeGraphs, batch: Batch, tokens: torch.Tensor) -> None:
+        """Leaves each sequence's new token where the next step finds it."""
+        if batch.decodes:
+            slots = graphs.slots(len(batch.starts))
+            if (batch.token_ids != _ON_DEVICE).any():
+                self._sampled = {entry.seq.seq_id for entry in batch.scheduled}
+                batch.token_ids = np.full_like(batch.token_ids, _ON_DEVICE)
+        else:
+            samples = [(i, entry) for i, entry in enumerate(batch.scheduled) if entry.num_samples]
+            self._sampled = {entry.seq.seq_id for _, entry in samples}
+            if any(entry.num_samples > 1 or entry.seq.request.is_beam_search for _, entry in samples):
+                self._sampled = set()
+                return
+            slots = to_device(self._tables.slots[[i for i, _ in samples]], self._device)
+        graphs.last_tokens[slots] = tokens
+
+    def _places(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """block · block_size + offset of each position in its sequence's table."""
+        size = self.kv_cache.block_size
+        return self._tables.table[slots, positions // size].astype(np.int64) * size + positions % size
 
     def _tensors(
-        self,
-        token_ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        table: NDArray[np.int32],
-        rows: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        counts: NDArray[np.int64],
-    ) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
-        """Per token (T,): token_ids, positions, rows (its sequence); per sequence (B,): table, starts, counts."""
-        block_size = self.kv_cache.block_size
-        slots = table[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        cu_seqlens = np.zeros(len(counts) + 1, dtype=np.int32)
-        counts.cumsum(out=cu_seqlens[1:])
+        self, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, list[LayerKVCache | LayerLatentCache], AttentionMetadata]:
+        """The arguments of `CausalLM.forward`."""
+        starts, counts, token_ids = batch.starts, batch.counts, batch.token_ids
+        rows, ends = np.repeat(np.arange(len(counts)), counts), counts.cumsum()
+        positions = np.arange(ends[-1]) + (starts - ends + counts)[rows]
         cache_seqlens = starts + counts
+        longest = int(cache_seqlens.max())
+        slots = self._tables.slots
         metadata = AttentionMetadata(
-            cu_seqlens_q=self._put(cu_seqlens),
+            cu_seqlens_q=self._put(np.concatenate([[0], ends]).astype(np.int32)),
             cache_seqlens=self._put(cache_seqlens.astype(np.int32)),
-            block_table=self._put(table),
-            slot_mapping=self._put(slots),
+            block_table=self._put(self._tables.table[slots, : -(-longest // self.kv_cache.block_size)]),
+            slot_mapping=self._put(self._places(slots[rows], positions)),
             max_seqlen_q=int(counts.max()),
-            max_seqlen_k=int(cache_seqlens.max()),
+            max_seqlen_k=longest,
         )
-        return self._put(token_ids), self._put(positions), metadata
+        tokens = self._put(token_ids)
+        if self._graphs is not None and (missing := np.flatnonzero(token_ids == _ON_DEVICE)).size:
+            tokens[self._put(missing)] = self._graphs.last_tokens[self._put(slots[rows[missing]])]
+        return tokens, self._put(positions), self.kv_cache.layers, metadata
 
     def _put(self, array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return to_device(array, self._device)
 
-    def _last_rows(self, scheduled: tuple[ScheduledSequence, ...]) -> torch.Tensor:
-        """The packed row of the last token of each entry that samples."""
-        ends = np.fromiter([entry.num_new_tokens for entry in scheduled], np.int64, len(scheduled)).cumsum()
-        samples = np.fromiter([entry.num_samples > 0 for entry in scheduled], np.bool_, len(scheduled))
-        return self._put(ends[samples] - 1)
+    def _sampled_rows(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """The rows of `hidden` (T, d) that are the last of an entry that samples."""
+        samples = np.fromiter([entry.num_samples > 0 for entry in batch.scheduled], np.bool_, len(batch.scheduled))
+        rows = batch.counts.cumsum()[samples] - 1
+        return hidden if len(rows) == len(hidden) else hidden[self._put(rows)]
 
     def _prompt_logprobs(
         self, scheduled: tuple[ScheduledSequence, ...], hidden: torch.Tensor

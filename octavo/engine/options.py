@@ -29,6 +29,7 @@ class EngineOptions(FromDict):
     8192 on a GPU by default (at least max_num_seqs).
     enable_prefix_caching: reuse the blocks of equal prompt beginnings.
     scheduling_policy: "fcfs" or "priority".
+    cuda_graphs: on a GPU, record decode steps at the start and replay them; False starts sooner and decodes slower.
     seed: of requests that bring none.
     """
 
@@ -49,6 +50,7 @@ class EngineOptions(FromDict):
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     scheduling_policy: SchedulingPolicy = "fcfs"
+    cuda_graphs: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class EngineOptions(FromDict):
             raise ValueError(f"kv_cache_memory_fraction: expected a number above 0 and at most 1, got {fraction!r}")
         if fraction is not None and self.kv_cache_memory is not None:
             raise ValueError("kv_cache_memory: expected this or kv_cache_memory_fraction, got both")
-        for field in ("keep_quantized", "skip_tokenizer_init"):
+        for field in ("keep_quantized", "skip_tokenizer_init", "cuda_graphs"):
             if type(getattr(self, field)) is not bool:
                 raise ValueError(f"{field}: expected True or False, got {getattr(self, field)!r}")
         if self.load_format not in ("auto", "dummy"):

@@ -270,8 +270,9 @@ class Scheduler:
         return rows
 
     def _assume(self, output: SchedulerOutput) -> None:
-        """Moves the sequences of a step in flight on, as far as that is known before its tokens are: what is computed
-        counts as computed, a sampled token is pending, and who has then reached the greatest length leaves the queue."""
+        """Moves the sequences of a step in flight on as far as that is known before its tokens are: what is computed
+        counts as computed, a sampled token is pending, and who has then reached the greatest length leaves its queue.
+        """
         if self._assumed is output:
             return
         self._assumed = output
@@ -335,14 +336,15 @@ class Scheduler:
             self.blocks.end_step()
         self.in_flight.clear()
         self._forks_in_flight = False
-        failed = {entry.seq.request.request_id: entry.seq.request for entry in entries}
+        requests = {entry.seq.request.request_id: entry.seq.request for entry in entries}
+        failed = [request for request in requests.values() if not request.finished]
         for seq in {entry.seq.seq_id: entry.seq for entry in entries}.values():
             if seq.finished:
                 self.blocks.free(seq)
-        for request in failed.values():
+        for request in failed:
             self._finish_all(request, "error")
         self.blocks.forget_prefixes()
-        return list(failed.values())
+        return failed
 
     # Ends and forks
 

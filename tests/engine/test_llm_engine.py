@@ -254,7 +254,7 @@ def test_a_failing_step_ends_its_requests_and_no_others(make_engine, reference_t
     engine.add_request("bad", PROMPTS[1], greedy())
     engine.add_request("0", PROMPTS[0], greedy())
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "execute", lambda output: 1 / 0)
+        patch.setattr(engine.runner, "launch", lambda *step: 1 / 0)
         (failed,) = engine.step()
     assert (failed.request_id, failed.outputs[0].finish_reason) == ("bad", "error")
     assert "ZeroDivisionError" in caplog.text

@@ -1,5 +1,6 @@
 """The runner makes of a decision what the plain definition says: positions, slots, tables, rows that sample."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,11 +19,16 @@ def watched(make_engine, monkeypatch):
 
     def make(**options):
         engine = make_engine(**options)
-        build = engine.runner._batch
+        batch_of, build = engine.runner._batch, engine.runner._tensors
         seen = []
 
-        def check(output):
-            token_ids, positions, metadata = build(output)
+        def remember(output):
+            seen.append(output)
+            return batch_of(output)
+
+        def check(batch):
+            token_ids, positions, _, metadata = tensors = build(batch)
+            output = seen[-1]
             starts = metadata.cu_seqlens_q.tolist()
             assert starts[-1] == output.num_batched_tokens == len(token_ids)
             for i, entry in enumerate(output.scheduled):
@@ -39,10 +45,10 @@ def watched(make_engine, monkeypatch):
             assert metadata.max_seqlen_k == metadata.cache_seqlens.max()
             assert metadata.block_table.dtype == metadata.cu_seqlens_q.dtype == torch.int32
             assert metadata.slot_mapping.dtype == positions.dtype == token_ids.dtype == torch.int64
-            seen.append(output)
-            return token_ids, positions, metadata
+            return tensors
 
-        monkeypatch.setattr(engine.runner, "_batch", check)
+        monkeypatch.setattr(engine.runner, "_batch", remember)
+        monkeypatch.setattr(engine.runner, "_tensors", check)
         return engine, seen
 
     return make
@@ -103,6 +109,7 @@ def test_nothing_unwritten_is_ever_read(make_engine):
 def test_tables_follow_sequences_that_come_go_and_grow(data):
     sequences = [Request(str(i), [1], GREEDY).sequences[0] for i in range(5)]
     tables = BlockTables(max_num_seqs=5, max_blocks=9)
+    device = np.full((5, 9), -1)
     for _ in range(data.draw(st.integers(1, 12))):
         batch = data.draw(st.lists(st.sampled_from(sequences), unique=True, min_size=1))
         rewritten = False
@@ -113,9 +120,14 @@ def test_tables_follow_sequences_that_come_go_and_grow(data):
             elif change == "rewrite":
                 seq.block_table[-1] += 100
                 rewritten = True
-        table = tables.update(batch, rewritten)
-        for row, seq in zip(table.tolist(), batch, strict=True):
-            assert row[: len(seq.block_table)] == seq.block_table
+        tables.update(batch, rewritten)
+        for slot, seq in zip(tables.slots, batch, strict=True):
+            assert tables.table[slot, : len(seq.block_table)].tolist() == seq.block_table
+        if data.draw(st.booleans()):
+            entries = tables.unsent()
+            device[entries.slots, entries.columns] = entries.blocks
+            for slot, seq in zip(tables.slots, batch, strict=True):
+                assert device[slot, : len(seq.block_table)].tolist() == seq.block_table
         for seq in data.draw(st.lists(st.sampled_from(sequences), unique=True)):
             if seq not in batch:  # preempted: its blocks are gone, and others come later
                 seq.block_table.clear()

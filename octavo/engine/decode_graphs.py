@@ -1,0 +1,165 @@
+"""Decode steps as CUDA graphs: the whole model for a batch of one token each, recorded once and replayed.
+
+A decode step of a small model is hundreds of kernels of a few microseconds; launching them one by one takes longer than
+running them. A graph launches all with one call, but with the same addresses and shapes each time. So what changes from
+step to step lies in buffers that stay where they are: every sequence in the running batch has a *slot*, with its block
+table and its newest token on the device. A step sends one small array that names the slots, positions and cache places
+of its rows and the few table entries that are new; the graph gathers the rest by itself.
+
+Graphs exist for some batch sizes; a batch runs on the next larger one, its spare rows on an empty slot that no sequence
+has. Sampling is not part of the graph: it works on the logits that the graph leaves.
+"""
+
+from bisect import bisect_left
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from octavo.engine.kv_cache import PagedKVCache
+from octavo.engine.transfer import to_device
+from octavo.models.causal_lm import CausalLM
+from octavo.ops.metadata import AttentionMetadata
+
+Tensor = torch.Tensor
+
+_SLOT, _POSITION, _PLACE, _LENGTH, _ENTRY_SLOT, _ENTRY_COLUMN, _ENTRY_BLOCK, _NUM_FIELDS = range(8)
+
+
+class TableEntries(NamedTuple):
+    """Block table entries that the device does not have yet: three int64 arrays of one length."""
+
+    slots: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    blocks: NDArray[np.int64]
+
+
+_NO_ENTRIES = TableEntries(*(np.empty(0, dtype=np.int64) for _ in range(3)))
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to record, ascending: 1, 2, 4, 8, then every 16th up to max_num_seqs."""
+    sizes = [size for size in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if size < max_num_seqs]
+    return [*sizes, max_num_seqs]
+
+
+class DecodeGraphs:
+    """The decode steps of one model over one cache. Owned by the model runner.
+
+    Args:
+        max_num_seqs: slots, and rows of the largest step.
+        max_model_len: longest sequence, in tokens.
+        record: False runs each step eagerly through the same buffers: on a CPU, and to compare.
+
+    last_tokens: (max_num_seqs + 1,) int64, the newest token of each slot, on the device; whoever samples writes it.
+    """
+
+    def __init__(
+        self, model: CausalLM, kv_cache: PagedKVCache, *, max_num_seqs: int, max_model_len: int, record: bool
+    ) -> None:
+        device = model.device
+        self._model, self._kv_cache, self._max_model_len = model, kv_cache, max_model_len
+        self._empty_slot = max_num_seqs
+        max_blocks = -(-max_model_len // kv_cache.block_size)
+        self._tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
+        self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        self._cu_seqlens = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
+        self._fields = torch.zeros(_NUM_FIELDS, max_num_seqs, dtype=torch.int64, device=device)
+        # two, because the copy of the step in flight may not have read its own yet
+        pinned = device.type == "cuda"
+        self._staging = [torch.zeros(_NUM_FIELDS, max_num_seqs, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self.sizes = graph_sizes(max_num_seqs)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        if record:
+            self._record()
+
+    def run(
+        self,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        places: NDArray[np.int64],
+        entries: TableEntries,
+    ) -> Tensor:
+        """One decode step: logits (B, vocab) fp32, valid until the next run.
+
+        Row i continues the sequence in slots[i] by its newest token, at positions[i], stored at places[i] of the cache;
+        `entries` are those of its table and others' that are new.
+        """
+        count = len(slots)
+        size = self.sizes[bisect_left(self.sizes, count)]
+        if len(entries.slots) > size:  # prompts were computed in between
+            self._tables.index_put_(*self._send(entries))
+            entries = _NO_ENTRIES
+        self._stage(count, size, slots, positions, places, entries)
+        if size not in self._graphs:
+            return self._step(size)[:count]
+        graph, logits = self._graphs[size]
+        graph.replay()
+        return logits[:count]
+
+    def slots(self, count: int) -> Tensor:
+        """(count,) int64 on the device: the slots of the last run's rows."""
+        return self._fields[_SLOT, :count]
+
+    def _stage(
+        self,
+        count: int,
+        size: int,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        places: NDArray[np.int64],
+        entries: TableEntries,
+    ) -> None:
+        """Fills the fields of `size` rows, spare rows with those of the empty slot, and sends them."""
+        fields, new = self._staging[0].numpy(), len(entries.slots)
+        fields[_SLOT, :count], fields[_SLOT, count:size] = slots, self._empty_slot
+        fields[_POSITION, :count], fields[_POSITION, count:size] = positions, 0
+        fields[_PLACE, :count], fields[_PLACE, count:size] = places, -1
+        lengths = fields[_LENGTH].view(np.int32)
+        lengths[:count], lengths[count:size] = positions + 1, 0
+        fields[_ENTRY_SLOT, :new], fields[_ENTRY_SLOT, new:size] = entries.slots, self._empty_slot
+        fields[_ENTRY_COLUMN, :new], fields[_ENTRY_COLUMN, new:size] = entries.columns, 0
+        blocks = fields[_ENTRY_BLOCK].view(np.int32)
+        blocks[:new], blocks[new:size] = entries.blocks, 0
+        self._fields.copy_(self._staging[0], non_blocking=True)
+        self._staging.reverse()
+
+    def _send(self, entries: TableEntries) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        device = self._tables.device
+        slots, columns, blocks = (to_device(array, device) for array in entries)
+        return (slots, columns), blocks.int()
+
+    def _step(self, size: int) -> Tensor:
+        """What a graph of `size` rows records: nothing here depends on values on the host."""
+        fields = self._fields[:, :size]
+        slots, positions, places, _, entry_slots, entry_columns, _ = fields.unbind()
+        lengths, entry_blocks = (self._fields[field].view(torch.int32)[:size] for field in (_LENGTH, _ENTRY_BLOCK))
+        self._tables.index_put_((entry_slots, entry_columns), entry_blocks)
+        metadata = AttentionMetadata(
+            cu_seqlens_q=self._cu_seqlens[: size + 1],
+            cache_seqlens=lengths,
+            block_table=self._tables[slots],
+            slot_mapping=places,
+            max_seqlen_q=1,
+            max_seqlen_k=self._max_model_len,
+        )
+        hidden = self._model(self.last_tokens[slots], positions, self._kv_cache.layers, metadata)
+        return self._model.compute_logits(hidden)
+
+    @torch.inference_mode()
+    def _record(self) -> None:
+        """All graphs, the largest first, so that the others fit into its memory. Each runs once eagerly before: kernels
+        are compiled and libraries make their handles then, which must not happen while a graph is recorded."""
+        nothing = np.empty(0, dtype=np.int64)
+        self._stage(0, self.sizes[-1], nothing, nothing, nothing, _NO_ENTRIES)
+        pool = None
+        for size in tqdm(reversed(self.sizes), "Recording decode graphs", delay=1.0, leave=False):
+            self._step(size)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._step(size)
+            pool = graph.pool()
+            self._graphs[size] = graph, logits
+        torch.cuda.synchronize(self._tables.device)

@@ -1,0 +1,35 @@
+"""Copies between host and device that nobody waits for.
+
+A copy from ordinary memory makes the host wait until the device has come to it; from pinned memory it is queued like a
+kernel. On a CPU both functions are free.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Tensor = torch.Tensor
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """The array as a tensor on the device, queued behind what is queued there. The caller may reuse the array."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Readback:
+    """A tensor of token ids on its way to the host."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._host, self._arrived = tokens, None
+        if tokens.is_cuda:
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> list[int]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        ids: list[int] = self._host.tolist()
+        return ids

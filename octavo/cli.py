@@ -1,4 +1,4 @@
-"""`octavo`: generate, chat, inspect, bench.
+"""`octavo`: generate, chat, inspect, bench, serve.
 
 Nothing heavy is imported before a command runs, so that `octavo --help` answers at once. What a user got wrong is one
 line on stderr and exit code 2; Ctrl-C is exit code 130; neither shows a traceback.
@@ -7,6 +7,7 @@ line on stderr and exit code 2; Ctrl-C is exit code 130; neither shows a traceba
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -42,6 +43,37 @@ def memory_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+_SECONDS: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
+_PATH: dict[str, Any] = {"metavar": "FILE"}
+_MANY: dict[str, Any] = {"action": "append"}
+_SERVER_FIELDS: dict[str, dict[str, Any]] = {
+    "host": {"metavar": "ADDRESS", "help": "where to listen (default 127.0.0.1; 0.0.0.0 is every network)"},
+    "port": {"type": int, "metavar": "N", "help": "0 takes a free one (default 8000)"},
+    "api_key": {
+        **_MANY,
+        "metavar": "KEY",
+        "help": "clients must send this; may be repeated. OCTAVO_API_KEY in the environment is another way",
+    },
+    "served_model_name": {**_MANY, "metavar": "NAME", "help": "what clients call the model; may be repeated"},
+    "root_path": {"metavar": "PATH", "help": "prefix that a proxy in front takes away"},
+    "ssl_certfile": {**_PATH, "help": "certificate, for HTTPS"},
+    "ssl_keyfile": {**_PATH, "help": "its key"},
+    "ssl_keyfile_password": {"metavar": "TEXT", "help": "of the key"},
+    "ssl_ca_certs": {**_PATH, "help": "authorities; clients then need a certificate of theirs"},
+    "allowed_origin": {**_MANY, "metavar": "URL", "help": "pages of this origin may call the API; may be repeated"},
+    "max_queue": {"type": int, "metavar": "N", "help": "sequences that may wait before 429 (default 1024)"},
+    "max_body": {"type": memory_size, "metavar": "SIZE", "help": "of a request (default 8MiB)"},
+    "max_prompts": {"type": int, "metavar": "N", "help": "prompts in one request (default 256)"},
+    "header_timeout": {**_SECONDS, "help": "for a client to send a request's head (default 20)"},
+    "body_timeout": {**_SECONDS, "help": "for a client to send a request's body (default 30)"},
+    "idle_timeout": {**_SECONDS, "help": "that a connection may rest between requests (default 75)"},
+    "send_timeout": {**_SECONDS, "help": "that a client may leave a stream unread (default 60)"},
+    "request_timeout": {**_SECONDS, "help": "for a whole answer (default 3600)"},
+    "shutdown_timeout": {**_SECONDS, "help": "that answers may take to end after a signal (default 30)"},
+    "stall_timeout": {**_SECONDS, "help": "without a step, after which a busy engine is unhealthy (default 120)"},
+}
+
+
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
@@ -57,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_inspect(commands)
     _add_bench(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -127,6 +160,22 @@ def _add_bench(commands: Any) -> None:
     _add_engine(command)
 
 
+def _add_serve(commands: Any) -> None:
+    command = commands.add_parser(
+        "serve",
+        help="answer OpenAI's API over HTTP, with a page to look at",
+        description="Serve a model: OpenAI's API over HTTP, and at / a page with a chat beside the live block map.",
+    )
+    command.set_defaults(run=run_serve)
+    command.add_argument(
+        "model", nargs="?", metavar="MODEL", help="directory or .gguf file; the default model if left out"
+    )
+    group = command.add_argument_group("server")
+    for name, fields in _SERVER_FIELDS.items():
+        group.add_argument(_flag(name), **fields)
+    _add_engine(command, leave_out=("model",))
+
+
 def _add_sampling(command: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
     group = command.add_argument_group("sampling (defaults are those of the model)")
     group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
@@ -137,7 +186,9 @@ def _add_sampling(command: argparse.ArgumentParser, leave_out: Sequence[str] = (
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end-of-sequence token")
 
 
-def _add_engine(command: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+def _add_engine(
+    command: argparse.ArgumentParser, only: Sequence[str] | None = None, leave_out: Sequence[str] = ()
+) -> None:
     group = command.add_argument_group("engine")
     fields: dict[str, dict[str, Any]] = {
         "model": {"metavar": "PATH", "help": "directory of safetensors, or .gguf file (default SmolLM2-135M-Instruct)"},
@@ -151,7 +202,8 @@ def _add_engine(command: argparse.ArgumentParser, only: Sequence[str] | None = N
         "scheduling_policy": {"choices": ("fcfs", "priority"), "help": "who runs first (default fcfs)"},
     }
     for name in fields if only is None else only:
-        group.add_argument(_flag(name), **fields[name])
+        if name not in leave_out:
+            group.add_argument(_flag(name), **fields[name])
     if only is None:
         group.add_argument(
             "--no-prefix-caching",
@@ -330,6 +382,22 @@ def run_bench(arguments: argparse.Namespace) -> None:
         from octavo.engine.memory_plot import plot_memory
 
         plot_memory(recorder, arguments.memory_plot)
+
+
+def run_serve(arguments: argparse.Namespace) -> None:
+    """Serves until a signal."""
+    from octavo.server.serve import run
+    from octavo.server.settings import ServerSettings
+
+    said = _given(arguments, [name for name in _SERVER_FIELDS if "action" not in _SERVER_FIELDS[name]])
+    keys = [*(arguments.api_key or ()), *filter(None, [os.environ.get("OCTAVO_API_KEY")])]
+    settings = ServerSettings(
+        api_keys=tuple(keys),
+        served_model_name=tuple(arguments.served_model_name or ()),
+        allowed_origins=tuple(arguments.allowed_origin or ()),
+        **said,
+    )
+    run(settings, _given(arguments, _ENGINE_FIELDS))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

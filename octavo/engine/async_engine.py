@@ -1,8 +1,8 @@
 """`AsyncLLM`: the engine in a thread of its own, many asyncio callers around it.
 
 The thread alone touches the engine. Callers send it commands through a queue, which it reads between steps; it answers
-by setting a mailbox and waking the caller's event loop, once per step and loop. What a reader has not yet taken from its
-mailbox is merged into one output, so a slow reader misses nothing.
+by setting a mailbox and waking the caller's event loop, once per step and loop. What a reader has not yet taken from
+its mailbox is merged into one output, so a slow reader misses nothing.
 
 A caller that goes away (cancelled, or leaves its loop) aborts its request: the blocks are back before the next step.
 When the engine itself dies, everyone who waits gets an EngineDeadError, and so does everyone who comes later.
@@ -14,7 +14,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -126,7 +126,7 @@ class AsyncLLM:
         priority: int = 0,
         cache_salt: str | None = None,
         stream: bool = True,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yields what is new, in constant time for each token, ending with an output whose `finished` is set; with
         stream=False that one alone, which holds everything.
 

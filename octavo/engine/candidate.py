@@ -89,7 +89,17 @@ class LiveRequest:
 class Candidate:
     """One of the n continuations. Its text is read from the sequence's tokens by `read`, each once."""
 
-    __slots__ = ("_detokenizer", "_end_reported", "_ended", "_num_read", "_num_reported", "live", "logprobs", "seq", "stop_string")
+    __slots__ = (
+        "_detokenizer",
+        "_end_reported",
+        "_ended",
+        "_num_read",
+        "_num_reported",
+        "live",
+        "logprobs",
+        "seq",
+        "stop_string",
+    )
 
     def __init__(self, live: LiveRequest, seq: Sequence) -> None:
         self.live = live

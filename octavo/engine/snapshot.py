@@ -7,7 +7,7 @@ so that two of them are never the same (up to NUM_OWNERS).
 import time
 from typing import Any
 
-from octavo.engine.memory_report import NUM_OWNERS, block_holders, block_map, measure
+from octavo.engine.memory_report import NUM_OWNERS, block_map, measure
 from octavo.engine.scheduler import Scheduler
 
 
@@ -47,7 +47,7 @@ class Observer:
         }
 
     def _number_owners(self) -> None:
-        names = dict.fromkeys(seq.request.request_id for seq in block_holders(self.scheduler))
+        names = dict.fromkeys(seq.request.request_id for seq in self.scheduler.holders())
         self._owners = {name: number for name, number in self._owners.items() if name in names}
         taken, number = set(self._owners.values()), 0
         for name in names:
@@ -63,7 +63,7 @@ class Observer:
         scheduler = self.scheduler
         size, ref_counts = scheduler.config.block_size, scheduler.blocks.ref_counts
         tails = []
-        for seq in block_holders(scheduler):
+        for seq in scheduler.holders():
             index, filled = divmod(seq.num_computed_tokens, size)
             if index < len(seq.block_table) and ref_counts[seq.block_table[index]] == 1:
                 owner = self._owners[seq.request.request_id] % NUM_OWNERS

@@ -1,0 +1,75 @@
+"""Log probabilities in the two shapes of the API. A token is told by its exact bytes, which need not be whole
+characters."""
+
+from collections.abc import Sequence
+
+from octavo.engine.detokenizer import TokenBytes, token_bytes_of
+from octavo.models import Tokenizer
+from octavo.server.messages import TokenLogprobs
+from octavo.server.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+
+LEAST = -9999.0  # stands for minus infinity, which JSON lacks
+
+
+class TokenTexts:
+    """Names tokens. tokenizer: None where there is none; tokens are then told by their numbers."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._bytes: TokenBytes | None = None
+        if tokenizer is not None:
+            self._bytes = token_bytes_of(tokenizer, skip_special_tokens=False)
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        return None if self._bytes is None else self._bytes[token_id]
+
+    def name(self, token_id: int) -> str:
+        """Its text; `bytes:\\xNN…` where that is no text; `token_id:N` without a tokenizer."""
+        spelt = self.bytes_of(token_id)
+        if spelt is None:
+            return f"token_id:{token_id}"
+        try:
+            return spelt.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt)
+
+    # ---- shapes ----------------------------------------------------------------------------------------------------
+
+    def for_completion(
+        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], num_top: int, offset: int
+    ) -> CompletionLogprobs:
+        """offset: characters of the choice's text before the first of these tokens."""
+        names = [self.name(token_id) for token_id in token_ids]
+        offsets = []
+        for token_id in token_ids:
+            offsets.append(offset)
+            offset += len((self.bytes_of(token_id) or b"").decode("utf-8", "ignore"))
+        logprobs = [
+            None if entry is None else _finite(entry[token_id].logprob)
+            for token_id, entry in zip(token_ids, entries, strict=True)
+        ]
+        top = [None if entry is None else self._top(entry, num_top) for entry in entries] if num_top else None
+        return CompletionLogprobs(names, logprobs, top, offsets)
+
+    def _top(self, entry: TokenLogprobs, num_top: int) -> dict[str, float]:
+        return {self.name(token): _finite(value) for token, value in _likeliest(entry, num_top, and_sampled=True)}
+
+    def for_chat(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs], num_top: int) -> ChatLogprobs:
+        content = []
+        for token_id, entry in zip(token_ids, entries, strict=True):
+            top = [TopLogprob(*self._told(token, value)) for token, value in _likeliest(entry, num_top)]
+            content.append(TokenLogprob(*self._told(token_id, entry[token_id].logprob), top))
+        return ChatLogprobs(content)
+
+    def _told(self, token_id: int, logprob: float) -> tuple[str, float, list[int] | None]:
+        spelt = self.bytes_of(token_id)
+        return self.name(token_id), _finite(logprob), None if spelt is None else list(spelt)
+
+
+def _likeliest(entry: TokenLogprobs, count: int, and_sampled: bool = False) -> list[tuple[int, float]]:
+    """The `count` likeliest of an entry, best first; the sampled token, where it is not among them, if wanted."""
+    ranked = sorted(entry.items(), key=lambda item: -item[1].logprob)
+    return [(token, value.logprob) for token, value in ranked[: len(ranked) if and_sampled else count]]
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST)

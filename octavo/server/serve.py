@@ -1,0 +1,98 @@
+"""Runs the server: uvicorn around the application, with its limits, its signals and an orderly end.
+
+After SIGTERM or Ctrl-C nobody new is admitted, /health says so, and answers may go on for shutdown_timeout seconds;
+what is left then is ended with an error that says why. A second signal ends at once.
+"""
+
+import asyncio
+import logging
+import socket
+import ssl
+import sys
+from typing import Any
+
+from uvicorn import Config, Server
+
+from octavo.server.app import build_app
+from octavo.server.service import Service
+from octavo.server.settings import ServerSettings
+
+logger = logging.getLogger("octavo.server")
+
+LAST_WORDS = 5.0  # seconds for the ended streams to say why
+MAX_HEAD = 32 << 10  # bytes of a request's line and headers
+
+
+class _Server(Server):
+    """Uvicorn's, with an engine that starts before and stops after it."""
+
+    def __init__(self, config: Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loading = asyncio.create_task(self._service.start())
+        while not (loading.done() or self.should_exit):
+            await asyncio.wait({loading}, timeout=0.1)
+        if not loading.done():  # a signal came first
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            return
+        await loading
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                logger.info("Listening at %s", _address(listener, self._service.settings))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        service = self._service
+        service.stopping.set()
+        loop = asyncio.get_running_loop()
+        ending = loop.call_later(service.settings.shutdown_timeout, service.engine.end_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+            await service.stop()
+
+
+def _address(listener: Any, settings: ServerSettings) -> str:
+    host, port = listener.getsockname()[:2]
+    scheme = "https" if settings.ssl_certfile else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{settings.root_path}"
+
+
+def run(settings: ServerSettings, options: dict[str, Any]) -> None:
+    """Serves until a signal. options: of EngineOptions, as plain data. ValueError for what the user must change."""
+    _log_to_stderr()
+    service = Service(settings, options)
+    config = Config(
+        build_app(service),
+        host=settings.host,
+        port=settings.port,
+        root_path=settings.root_path,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_keyfile_password=settings.ssl_keyfile_password,
+        ssl_ca_certs=settings.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEAD,
+        timeout_keep_alive=round(settings.idle_timeout),
+        timeout_graceful_shutdown=round(settings.shutdown_timeout + LAST_WORDS),
+        lifespan="off",
+    )
+    _Server(config, service).run()
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("octavo.server", "uvicorn"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.INFO if name.startswith("octavo") else logging.WARNING)

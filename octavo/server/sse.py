@@ -1,0 +1,104 @@
+"""Answers that take a while: streams of server-sent events, and waiting for an answer whose reader may leave.
+
+Both watch the connection while they work. When the client is gone, the work is cancelled, and with it the requests in
+the engine: their blocks are free before its next step.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from octavo.server.errors import ApiError
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # proxies must not collect a stream
+]
+_encode = msgspec.json.Encoder().encode
+
+
+class ClientGone(Exception):
+    """Nobody is left to answer."""
+
+
+def event(data: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + _encode(data) + b"\n\n"
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; ClientGone, with the work cancelled, when the client leaves first."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        await _cancel(task, gone)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Sends what `events` yields. The headers go out with the first event, so that what fails before is an ordinary
+    error; what fails later becomes the last event. send_timeout: seconds that the client may leave it unread."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], send_timeout: float) -> None:
+        self.background = None
+        self.status_code = 200
+        self._events = events
+        self._send_timeout = send_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(ClientGone):
+            await unless_gone(receive, self._pump(send))
+
+    async def _pump(self, send: Send) -> None:
+        started = False
+        async with contextlib.aclosing(self._events):
+            try:
+                async for chunk in self._events:
+                    if not started:
+                        await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+                        started = True
+                    await self._send(send, chunk, more=True)
+            except ApiError as error:
+                if not started:
+                    raise
+                await self._send(send, event(error.body) + DONE, more=True)
+        await self._send(send, b"", more=False)
+
+    async def _send(self, send: Send, chunk: bytes, more: bool) -> None:
+        try:
+            async with asyncio.timeout(self._send_timeout):
+                await send({"type": "http.response.body", "body": chunk, "more_body": more})
+        except TimeoutError:
+            raise ClientGone from None
+
+
+async def within(seconds: float, work: Awaitable[T]) -> T:
+    """The work's result; ApiError 504 when it takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError:
+        raise ApiError(504, f"the answer took longer than {seconds:g} s", code="timeout") from None

@@ -175,8 +175,9 @@ class ModelRunner:
         self.kv_cache.copy_blocks(output.block_copies)
         batch = self._batch(output)
         self._steady = None  # what a step that fails leaves behind is not to be built upon
+        prompt_logprobs: tuple[PromptChunkLogprobs, ...] = ()
         if batch.decodes:
-            logits, prompt_logprobs = self._decode(batch), ()
+            logits = self._decode(batch)
         else:
             hidden = self.model(*self._tensors(batch))
             prompt_logprobs = self._prompt_logprobs(scheduled, hidden)

@@ -87,8 +87,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation, kv_cache: LayerCache | None, metadata: AttentionMetadata | None
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), None, kv_cache, metadata, rotation=rotation)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        x = self.attn(x, None, kv_cache, metadata, rotation=rotation, norm=self.attn_norm, residual=x)
+        out: Tensor = self.mlp(x, norm=self.mlp_norm, residual=x)
         return out
 
 
@@ -208,7 +208,7 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, d), or (B, S, d), to logits over the vocabulary, fp32."""
-        logits = self.lm_head(hidden).float()
+        logits: Tensor = self.lm_head(hidden, out_dtype=torch.float32)
         cap = self.config.final_logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 

@@ -46,7 +46,7 @@ class Gemma3ForCausalLM(CausalLM):
     def embed(self, token_ids: Tensor) -> Tensor:
         # the scale is rounded to the activations' dtype first, as in training
         x = super().embed(token_ids)
-        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        return x * float(torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype))
 
     @classmethod
     def read_hf_config(cls, hf: Mapping[str, Any]) -> ModelConfig:

@@ -89,32 +89,36 @@ class MultiHeadAttention(nn.Module):
         rotation: Rotation | None = None,
         context: Tensor | None = None,
         context_lens: Tensor | None = None,
+        norm: RMSNorm | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Without a cache x (B, S, dim) attends to itself, or to `context` (B, Sk, context_dim); returns (B, S, dim).
 
         With `kv_cache` and `metadata` x (T, dim) is a packed batch of new tokens: stored, then attended causally over
         each sequence's whole cache; returns (T, dim). positions: (S,), (B, S) or (T,) int64; without a cache default
         0, 1, …. rotation: `rope(positions)`, when the model computed it for all layers. context_lens (B,) int32: rows
-        of `context` in use, default all.
+        of `context` in use, default all. norm: of x, before the projections; residual: joins the result, and may be
+        overwritten by it, as in `Linear`.
         """
         if (kv_cache is None) != (metadata is None):
             raise ValueError("kv_cache and metadata go together: give both (generation) or neither (training)")
         if self.rope is not None and rotation is None:
             rotation = self.rope(positions_or_default(x, positions, metadata), metadata)
         if kv_cache is not None and metadata is not None:
-            out = self._attend_cached(x, rotation, kv_cache, metadata)
+            out = self._attend_cached(x, norm, rotation, kv_cache, metadata)
         else:
-            q, k, v = self._self_heads(x, rotation) if context is None else self._cross_heads(x, context)
+            q, k, v = self._self_heads(x, norm, rotation) if context is None else self._cross_heads(x, norm, context)
             out = self._attend(q, k, v, context_lens)
-        projected: Tensor = self.o_proj(out.flatten(-2))
+        projected: Tensor = self.o_proj(out.flatten(-2), residual=residual)
         return projected
 
-    def _self_heads(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _self_heads(self, x: Tensor, norm: RMSNorm | None, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """q (…, Hq, D), k and v (…, Hkv, D) of x, normalised and turned."""
         if self.context_dim is not None:
             raise ValueError(f"context (B, Sk, {self.context_dim}) is missing: this is cross-attention")
         heads = [self.num_heads, self.num_kv_heads]
-        qk, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split([sum(heads), self.num_kv_heads], dim=-2)
+        qkv = self.qkv_proj(x, norm=norm).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv.split([sum(heads), self.num_kv_heads], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split(heads, dim=-2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
@@ -123,11 +127,11 @@ class MultiHeadAttention(nn.Module):
         q, k = qk.split(heads, dim=-2)
         return q, k, v
 
-    def _cross_heads(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _cross_heads(self, x: Tensor, norm: RMSNorm | None, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (…, Hq, D) of x, k and v (…, Hkv, D) of context, normalised."""
         if self.context_dim is None:
             raise ValueError("context given to self-attention: build the module with context_dim")
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        q = self.q_proj(x, norm=norm).unflatten(-1, (-1, self.head_dim))
         k, v = self.kv_proj(context).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -150,14 +154,19 @@ class MultiHeadAttention(nn.Module):
         return cast(Tensor, out)
 
     def _attend_cached(
-        self, x: Tensor, rotation: Rotation | None, kv_cache: LayerKVCache, metadata: AttentionMetadata
+        self,
+        x: Tensor,
+        norm: RMSNorm | None,
+        rotation: Rotation | None,
+        kv_cache: LayerKVCache,
+        metadata: AttentionMetadata,
     ) -> Tensor:
         if not self.causal:
             raise ValueError("kv_cache needs causal attention: build the module with causal=True")
         if self._fuses(x):
-            q = self._rotate_and_store(self.qkv_proj(x), rotation, kv_cache, metadata)
+            q = self._rotate_and_store(self.qkv_proj(x, norm=norm), rotation, kv_cache, metadata)
         else:
-            q, k, v = self._self_heads(x, rotation)
+            q, k, v = self._self_heads(x, norm, rotation)
             kv_cache.store(k, v, metadata)
         return kv_cache.attend(
             q,

@@ -101,11 +101,15 @@ class MultiHeadLatentAttention(nn.Module):
         metadata: AttentionMetadata | None = None,
         *,
         rotation: Rotation | None = None,
+        norm: RMSNorm | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Without a cache x (B, S, dim), naive form; with one x (T, dim), a packed batch of new tokens, absorbed form.
 
-        positions and rotation as in `MultiHeadAttention`. Returns the shape of x.
+        positions, rotation, norm and residual as in `MultiHeadAttention`. Returns the shape of x.
         """
+        if norm is not None:
+            x = norm(x)
         if (kv_cache is None) != (metadata is None):
             raise ValueError("kv_cache and metadata go together: give both (generation) or neither (training)")
         if rotation is None:
@@ -114,7 +118,7 @@ class MultiHeadLatentAttention(nn.Module):
             out = self._attend_cached(x, rotation, kv_cache, metadata)
         else:
             out = self._naive(*self._queries(x, rotation), *self._latent(x, rotation))
-        projected: Tensor = self.o_proj(out.flatten(-2))
+        projected: Tensor = self.o_proj(out.flatten(-2), residual=residual)
         return projected
 
     def _queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

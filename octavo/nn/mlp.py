@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from octavo import ops
 from octavo.nn.linear import Linear
+from octavo.nn.norm import RMSNorm
 from octavo.ops.gated_activation import ACTIVATIONS, check_activation
 
 
@@ -30,8 +30,10 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = Linear(dim, 2 * hidden_dim, bias, device=device, dtype=dtype)
         self.down_proj = Linear(hidden_dim, dim, bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(ops.gated_activation(self.gate_up_proj(x), self.activation_name))
+    def forward(self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        """norm: of x, first; residual: joins the result, and may be overwritten by it, as in `Linear`."""
+        hidden = self.gate_up_proj(x, norm=norm, activation=self.activation_name)
+        out: Tensor = self.down_proj(hidden, residual=residual)
         return out
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.nn.mlp import GatedMLP
+from octavo.nn.norm import RMSNorm
 from octavo.ops.gated_activation import check_activation
 from octavo.ops.moe import Routing, mix_experts, route, router_logits
 
@@ -130,8 +131,11 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        shared = None if self.shared_experts is None else self.shared_experts(tokens)
+    def forward(self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        """norm: of x, first; residual: joins the result, and may be overwritten by it, as in `Linear`."""
+        tokens = (x if norm is None else norm(x)).flatten(0, -2)
+        shared = None if residual is None else residual.flatten(0, -2)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(tokens, residual=shared)
         mixed: Tensor = self.experts(tokens, *self.router(tokens), shared)
         return mixed.view(x.shape)

@@ -73,7 +73,7 @@ class DecodeGraphs:
         self.sizes = graph_sizes(max_num_seqs)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         if record:
-            self._record()
+            self.record(self.sizes)
 
     def run(
         self,
@@ -149,13 +149,14 @@ class DecodeGraphs:
         return self._model.compute_logits(hidden)
 
     @torch.inference_mode()
-    def _record(self) -> None:
-        """All graphs, the largest first, so that the others fit into its memory. Each runs once eagerly before: kernels
-        are compiled and libraries make their handles then, which must not happen while a graph is recorded."""
+    def record(self, sizes: list[int]) -> None:
+        """Records graphs of these sizes, ascending, the largest first, so that the others fit into its memory. Each
+        runs once eagerly before: kernels are compiled and libraries make their handles then, which must not happen
+        while a graph is recorded."""
         nothing = np.empty(0, dtype=np.int64)
         self._stage(0, self.sizes[-1], nothing, nothing, nothing, _NO_ENTRIES)
         pool = None
-        for size in tqdm(reversed(self.sizes), "Recording decode graphs", delay=1.0, leave=False):
+        for size in tqdm(sizes[::-1], "Recording decode graphs", delay=1.0, leave=False):
             self._step(size)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):

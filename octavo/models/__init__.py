@@ -4,7 +4,7 @@ from octavo.models.causal_lm import CausalLM
 from octavo.models.chat_template import ChatTemplate, ChatTemplateError
 from octavo.models.config import ModelConfig
 from octavo.models.default_model import default_model_path
-from octavo.models.loader import LoadedModel, load_dummy_model, load_model, read_config, read_tokenizer
+from octavo.models.loader import LoadedModel, load_dummy_model, load_model, read_config, read_tokenizer, weight_bytes
 from octavo.models.registry import ARCHITECTURES, build_model, config_from_hf
 from octavo.models.tokenizer import SpecialTokens, Tokenizer
 
@@ -24,4 +24,5 @@ __all__ = [
     "load_model",
     "read_config",
     "read_tokenizer",
+    "weight_bytes",
 ]

@@ -16,6 +16,7 @@ A backend module exposes any of these functions under these names; `octavo.ops.d
     linear_small_batch.linear_small_batch(x, weight, bias, norm, activation, residual, out_dtype) -> out
     moe.route(logits, bias, routing) -> (weights, experts)
     moe.mix_experts(x, weights, experts, gate_up, down, activation, shared) -> out
+    sampling.sample_on_device(logits, temperature, top_k, top_p, min_p, seeds, positions) -> tokens
     rotary_cache.rotate_and_store_latent(latent, q, q_absorbed, weight, eps, rotary, kv_cache, slot_mapping) -> None
 
 and, beside each, `refuses_<op>(...) -> str | None` with the same arguments: the reason why this backend cannot take the

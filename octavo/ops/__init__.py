@@ -27,3 +27,4 @@ from octavo.ops.paged import store_kv_cache as store_kv_cache
 from octavo.ops.paged import store_latent_cache as store_latent_cache
 from octavo.ops.rotary_cache import rotate_and_store as rotate_and_store
 from octavo.ops.rotary_cache import rotate_and_store_latent as rotate_and_store_latent
+from octavo.ops.sampling import sample_on_device as sample_on_device

@@ -37,6 +37,7 @@ _MODULES = {
     "linear_small_batch": ("linear_small_batch",),
     "route": ("moe",),
     "mix_experts": ("moe",),
+    "sample_on_device": ("sampling",),
 }
 
 

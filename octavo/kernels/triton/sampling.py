@@ -1,0 +1,247 @@
+"""Tokens drawn on the device without a host read: one program per row; nothing is sorted.
+
+A row that does not truncate is one pass: the largest logit / T − log(exponential noise), which is a draw from the
+softmax (Gumbel-max). One that does looks for the lowest logit it keeps, first: the largest threshold at which the kept
+entries are still enough, by count (top_k) or by mass (top_p). Eight thresholds near the largest logit are weighed in
+one pass; the entries above the tightest that is enough, if at most `CAPACITY`, are gathered, and the search goes on
+among these, else in the whole row. Entries equal to the threshold are all kept.
+
+Noise is a hash of (seed, position, token), the same in the reference.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.kernels.spec import Tensor
+
+CAPACITY = 2048
+
+
+@triton.jit
+def _mix64(x):
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _mix32(x):
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _row_keys(seed, position):
+    """Two 32-bit words of this row and position."""
+    state = _mix64(seed.to(tl.uint64) + (position.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15)
+    return (state >> 32).to(tl.uint32), (state & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
+def _log_exponential(token, key_a, key_b):
+    """log of −log(1 − v), v an odd multiple of 2^-33: of an exponential variate whose small values, which win, are
+    exact."""
+    h = _mix32(_mix32(token.to(tl.uint32) * 0x9E3779B1 + key_a) ^ key_b)
+    v = (h.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    series = v * (1.0 + v * (0.5 + v * (0.33333334 + v * 0.25)))
+    return tl.log(tl.where(v < 0.015625, series, -tl.log(tl.maximum(1.0 - v, 2.9802322e-08))))
+
+
+@triton.jit
+def _entries(source, start, i, count):
+    return tl.load(source + start + i, mask=start + i < count, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _draw(source, ids, gathered, count, inverse_t, floor, key_a, key_b, noise, BLOCK: tl.constexpr):
+    """The token of the largest x / T − log(noise) among the entries at or above floor, the lowest among equals."""
+    i = tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_token = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
+    following = _entries(source, 0, i, count)
+    for start in range(0, count, BLOCK):
+        x = following
+        following = _entries(source, start + BLOCK, i, count)
+        token = start + i
+        if gathered:
+            token = tl.load(ids + token, mask=token < count, other=0)
+        score = x * inverse_t
+        if noise:
+            score -= _log_exponential(token, key_a, key_b)
+        score = tl.where(x >= floor, score, float("-inf"))
+        better = (score > best) | ((score == best) & (token < best_token))
+        better = better & (start + i < count)
+        best = tl.where(better, score, best)
+        best_token = tl.where(better, token, best_token)
+    top = tl.max(best, 0)
+    return tl.min(tl.where(best == top, best_token, 0x7FFFFFFF), 0)
+
+
+@triton.jit
+def _range(source, count, BLOCK: tl.constexpr):
+    """The largest entry and the smallest that is finite."""
+    i = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    low = tl.full((BLOCK,), float("inf"), tl.float32)
+    following = _entries(source, 0, i, count)
+    for start in range(0, count, BLOCK):
+        x = following
+        following = _entries(source, start + BLOCK, i, count)
+        top = tl.maximum(top, x)
+        low = tl.minimum(low, tl.where(x == float("-inf"), float("inf"), x))
+    return tl.max(top, 0), tl.min(low, 0)
+
+
+@triton.jit
+def _weigh(source, count, thresholds, top, inverse_t, floor, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Number and mass exp((x − top) / T) of the entries at or above each threshold, and the mass of all; entries under
+    floor do not count."""
+    i = tl.arange(0, BLOCK)
+    number = tl.zeros((BLOCK, SPLITS), tl.float32)
+    mass = tl.zeros((BLOCK, SPLITS), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    following = _entries(source, 0, i, count)
+    for start in range(0, count, BLOCK):
+        x = following
+        following = _entries(source, start + BLOCK, i, count)
+        kept = (x >= floor) & (x > float("-inf"))
+        weight = tl.where(kept, tl.exp((x - top) * inverse_t), 0.0)
+        total += weight
+        above = kept[:, None] & (x[:, None] >= thresholds[None, :])
+        number += above.to(tl.float32)
+        mass += tl.where(above, weight[:, None], 0.0)
+    return tl.sum(number, 0), tl.sum(mass, 0), tl.sum(total, 0)
+
+
+@triton.jit
+def _lowest_kept(
+    source, count, low, top, inverse_t, wanted, BY_MASS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A threshold that keeps what the largest one with at least `wanted` at or above it keeps; at `low` there is."""
+    j = tl.arange(0, SPLITS) + 1
+    high = top + tl.abs(top) * 1e-6 + 1e-30  # nothing is at or above it
+    floor = low
+    middle = low + (high - low) * 0.5
+    rounds = 0
+    while (middle > low) & (middle < high) & (rounds < 64):
+        step = (high - low) * (1.0 / (SPLITS + 1))
+        thresholds = low + step * j.to(tl.float32)
+        number, mass, _ = _weigh(source, count, thresholds, top, inverse_t, floor, SPLITS, BLOCK)
+        weight = mass if BY_MASS else number
+        enough = weight >= wanted
+        new_low = tl.max(tl.where(enough, thresholds, low), 0)
+        new_high = tl.min(tl.where(enough, high, thresholds), 0)
+        if not BY_MASS:
+            exact = tl.max(((number == wanted) & enough).to(tl.int32), 0)
+            rounds = tl.where(exact > 0, 64, rounds)
+        stuck = (new_low == low) & (new_high == high)
+        rounds = tl.where(stuck, 64, rounds + 1)
+        low = new_low
+        high = new_high
+        middle = low + (high - low) * 0.5
+    return low
+
+
+@triton.jit
+def _gather(source, count, threshold, to_x, to_ids, BLOCK: tl.constexpr):
+    """Writes the entries at or above the threshold and their tokens, in order."""
+    i = tl.arange(0, BLOCK)
+    written = tl.zeros((), tl.int32)
+    following = _entries(source, 0, i, count)
+    for start in range(0, count, BLOCK):
+        x = following
+        following = _entries(source, start + BLOCK, i, count)
+        kept = (x >= threshold) & (start + i < count)
+        number = kept.to(tl.int32)
+        if tl.max(number, 0) > 0:
+            at = written + tl.cumsum(number, 0) - number
+            tl.store(to_x + at, x.to(to_x.dtype.element_ty), mask=kept)
+            tl.store(to_ids + at, start + i, mask=kept)
+            written += tl.sum(number, 0)
+    tl.debug_barrier()  # what other threads wrote is read next
+    return written
+
+
+@triton.jit
+def sample_kernel(
+    logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, scratch, scratch_ids, vocab, stride,
+    CAPACITY: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEARCH: tl.constexpr,
+):  # fmt: skip
+    """Row `pid` of logits (N, vocab); scratch (N, CAPACITY) of logits' dtype, scratch_ids (N, CAPACITY) int32."""
+    r = tl.program_id(0).to(tl.int64)
+    row = logits + r * stride
+    t = tl.load(temperature + r)
+    k = tl.load(top_k + r)
+    k = tl.where((k <= 0) | (k > vocab), vocab, k)
+    p = tl.load(top_p + r)
+    least = tl.load(min_p + r)
+    greedy = t < 1e-5
+    inverse_t = tl.where(greedy, 1.0, 1.0 / tl.maximum(t, 1e-5))
+    key_a, key_b = _row_keys(tl.load(seeds + r), tl.load(positions + r))
+    if greedy | ((k == vocab) & (p >= 1.0) & (least <= 0.0)):
+        token = _draw(row, scratch_ids, False, vocab, inverse_t, float("-inf"), key_a, key_b, t >= 1e-5, BLOCK)
+        tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
+    else:
+        top, bottom = _range(row, vocab, BLOCK)
+        floor = bottom
+        if least > 0.0:
+            floor = tl.maximum(floor, top + t * tl.log(least))
+        if (k < vocab) | (p < 1.0):
+            j = tl.arange(0, SPLITS).to(tl.float32)
+            unit = tl.maximum(t, 0.5) * 0.3
+            thresholds = tl.maximum(top - unit * (j + 1.0) * (j + 2.0), floor)
+            number, mass, total = _weigh(row, vocab, thresholds, top, inverse_t, floor, SPLITS, BLOCK_SEARCH)
+            enough = tl.where(k < vocab, number >= k.to(tl.float32), mass >= p * total) | (thresholds <= floor)
+            tightest = tl.max(tl.where(enough & (number <= CAPACITY), thresholds, float("-inf")), 0)
+            if tightest > float("-inf"):
+                found = scratch + r * CAPACITY
+                ids = scratch_ids + r * CAPACITY
+                count = _gather(row, vocab, tightest, found, ids, BLOCK_SEARCH)
+                floor = _truncate(found, count, k, p, tightest, top, inverse_t, total, vocab, SPLITS, BLOCK_SEARCH)
+                token = _draw(found, ids, True, count, inverse_t, floor, key_a, key_b, True, BLOCK_SEARCH)
+            else:
+                floor = _truncate(row, vocab, k, p, floor, top, inverse_t, total, vocab, SPLITS, BLOCK_SEARCH)
+                token = _draw(row, scratch_ids, False, vocab, inverse_t, floor, key_a, key_b, True, BLOCK_SEARCH)
+        else:
+            token = _draw(row, scratch_ids, False, vocab, inverse_t, floor, key_a, key_b, True, BLOCK_SEARCH)
+        tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
+
+
+@triton.jit
+def _truncate(
+    source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The lowest entry that top_k, then top_p keep, of those at or above floor; total: the mass before top_k."""
+    if k < count:
+        floor = _lowest_kept(source, count, floor, top, inverse_t, k.to(tl.float32), False, SPLITS, BLOCK)
+    if p < 1.0:
+        if k < vocab:
+            j = tl.arange(0, SPLITS).to(tl.float32)
+            _, _, total = _weigh(source, count, j, top, inverse_t, floor, SPLITS, BLOCK)
+        floor = _lowest_kept(source, count, floor, top, inverse_t, p * total, True, SPLITS, BLOCK)
+    return floor
+
+
+def refuses_sample_on_device(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+) -> str | None:
+    """Why this backend cannot take the call, or None."""
+    return None if logits.stride(1) == 1 and logits.dtype != torch.float64 else "it takes contiguous rows up to fp32"
+
+
+def sample_on_device(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+) -> Tensor:
+    """(N, V) → (N,) int64."""
+    rows, vocab = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows:
+        scratch = torch.empty((rows, CAPACITY), dtype=logits.dtype, device=logits.device)
+        scratch_ids = torch.empty((rows, CAPACITY), dtype=torch.int32, device=logits.device)
+        sample_kernel[(rows,)](
+            logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, scratch, scratch_ids, vocab,
+            logits.stride(0), CAPACITY=CAPACITY, SPLITS=8, BLOCK=8192, BLOCK_SEARCH=2048, num_warps=16,
+        )  # fmt: skip
+    return tokens

@@ -1,0 +1,76 @@
+"""The GPU's sampler, interpreted: it draws the very tokens that the plain reference draws."""
+
+import pytest
+import torch
+
+from octavo.kernels.reference import sampling as reference
+from octavo.kernels.triton import sampling
+
+
+def parameters(rows, **given):
+    """Rows that neither truncate nor warm; `given` values replace theirs."""
+    values = {
+        "temperature": torch.ones(rows),
+        "top_k": torch.zeros(rows, dtype=torch.int32),
+        "top_p": torch.ones(rows),
+        "min_p": torch.zeros(rows),
+        "seeds": torch.randint(-(2**62), 2**62, (rows,)),
+        "positions": torch.arange(rows) * 7,
+    }
+    for name, value in given.items():
+        values[name] = value if isinstance(value, torch.Tensor) else torch.full_like(values[name], value)
+    return list(values.values())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.3},
+        {"top_k": 1},
+        {"top_k": 40, "temperature": 2.0},
+        {"top_p": 0.9},
+        {"top_p": 0.01},
+        {"min_p": 0.1},
+        {"min_p": 1.0},
+        {"top_k": 50, "top_p": 0.8, "min_p": 0.02, "temperature": 1.5},
+        {"top_k": 3000, "temperature": 5.0},  # more than what is gathered
+        {"top_p": 0.99, "temperature": 20.0},
+        {"top_k": 5000},
+    ],
+    ids=str,
+)
+def test_the_reference_s_tokens(given):
+    logits = torch.randn(12, 4099) * 3
+    arguments = parameters(12, **given)
+    assert (
+        sampling.sample_on_device(logits, *arguments).tolist()
+        == reference.sample_on_device(logits, *arguments).tolist()
+    )
+
+
+def test_each_row_has_its_own_parameters_and_none_depends_on_its_place():
+    rows = 24
+    logits = torch.randn(rows, 1000) * 3
+    arguments = parameters(
+        rows,
+        temperature=torch.rand(rows) * (torch.arange(rows) % 5 > 0),
+        top_k=torch.randint(0, 30, (rows,), dtype=torch.int32) * (torch.arange(rows, dtype=torch.int32) % 2),
+        top_p=torch.where(torch.arange(rows) % 3 > 0, torch.rand(rows), 1.0),
+    )
+    tokens = sampling.sample_on_device(logits, *arguments)
+    assert torch.equal(tokens, reference.sample_on_device(logits, *arguments))
+    order = torch.randperm(rows)
+    assert torch.equal(sampling.sample_on_device(logits[order], *(x[order] for x in arguments)), tokens[order])
+
+
+def test_ties_masked_tokens_and_rows_that_do_not_fit_a_block():
+    logits = torch.full((3, 77), float("-inf"))
+    logits[:, [5, 30, 76]] = torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 0.0], [3.0, 3.0, -1.0]])
+    for given in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.9}, {"temperature": 0.0}):
+        arguments = parameters(3, **given)
+        tokens = sampling.sample_on_device(logits, *arguments)
+        assert torch.equal(tokens, reference.sample_on_device(logits, *arguments)), given
+        assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
+    assert sampling.sample_on_device(logits, *parameters(3, temperature=0.0)).tolist() == [5, 30, 5]

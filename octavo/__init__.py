@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "octavo.llm": ["LLM"],
     "octavo.engine.sampling_params": ["SamplingParams", "BeamSearchParams"],
+    "octavo.engine.structured_output": ["StructuredOutputsParams"],
     "octavo.engine.outputs": ["RequestOutput", "CompletionOutput"],
     "octavo.engine.async_engine": ["AsyncLLM"],
     "octavo.nn": ["MultiHeadAttention", "MultiHeadLatentAttention"],
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from octavo.engine.outputs import RequestOutput as RequestOutput
     from octavo.engine.sampling_params import BeamSearchParams as BeamSearchParams
     from octavo.engine.sampling_params import SamplingParams as SamplingParams
+    from octavo.engine.structured_output import StructuredOutputsParams as StructuredOutputsParams
     from octavo.llm import LLM as LLM
     from octavo.nn import MultiHeadAttention as MultiHeadAttention
     from octavo.nn import MultiHeadLatentAttention as MultiHeadLatentAttention

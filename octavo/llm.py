@@ -265,5 +265,7 @@ def _interrupts_deferred() -> Iterator[None]:
 
 
 def _raise_if_failed(output: RequestOutput) -> None:
-    if any(candidate.finish_reason == "error" for candidate in output.outputs):
-        raise RuntimeError(f"request {output.request_id}: the engine's step failed; its log holds the reason")
+    for candidate in output.outputs:
+        if candidate.finish_reason == "error":
+            reason = candidate.stop_reason or "the engine's step failed; its log holds the reason"
+            raise RuntimeError(f"request {output.request_id}: {reason}")

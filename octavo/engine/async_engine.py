@@ -143,6 +143,9 @@ class AsyncLLM:
             "cache_salt": cache_salt,
             "stream": stream,
         }
+        if isinstance(sampling_params, SamplingParams) and sampling_params.structured_outputs is not None:
+            # `add_request` finds it compiled, so no step waits for it
+            await asyncio.to_thread(self._engine.compile_grammar, sampling_params)
         self._send(_Add(request_id, mailbox, arguments))
         finished = False
         try:

@@ -9,6 +9,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +19,8 @@ from octavo.engine.candidate import LiveRequest
 from octavo.engine.config import EngineConfig
 from octavo.engine.decode_graphs import DecodeGraphs
 from octavo.engine.detokenizer import TokenBytes, token_bytes_of
+from octavo.engine.gpu_memory import DeviceMemory, device_memory, measure_step_memory
+from octavo.engine.grammar import GAVE_UP, GrammarCompiler, GrammarStates
 from octavo.engine.kv_cache import PagedKVCache, default_kv_cache_memory, kv_bytes_per_token, num_blocks_for
 from octavo.engine.logit_rules import bad_word_ids
 from octavo.engine.memory_report import MemoryReport, MemoryTrace, measure
@@ -29,9 +33,13 @@ from octavo.engine.sampler import Sampler
 from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.step import SchedulerOutput, StepResult
-from octavo.models import LoadedModel, load_dummy_model, load_model, read_tokenizer
+from octavo.engine.structured_output import StructuredOutputsParams
+from octavo.models import LoadedModel, load_dummy_model, load_model, read_tokenizer, weight_bytes
 from octavo.models.causal_lm import CausalLM
 from octavo.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +82,11 @@ class LLMEngine:
         self._eos_token_ids = frozenset(model.config.eos_token_ids) | frozenset(
             tokenizer.eos_token_ids if tokenizer else ()
         )
+        self._grammars = GrammarStates(model.config.vocab_size)
+        self._gave_up: list[RequestOutput] = []  # last outputs of requests whose grammars did, in the step in flight
+        self._grammar_compiler: GrammarCompiler | None = None
+        if tokenizer is not None:
+            self._grammar_compiler = GrammarCompiler(tokenizer, model.config.vocab_size, self._eos_token_ids)
         cache = PagedKVCache(model, config.num_blocks, config.block_size, cache_dtype or model.dtype, model.device)
         sampler = Sampler(model.config.vocab_size, model.device, seed, self._encode)
         bounds = {"max_num_seqs": config.max_num_seqs, "max_model_len": config.max_model_len}
@@ -100,20 +113,24 @@ class LLMEngine:
         """An engine around a model that is already loaded."""
         model = loaded.model
         max_model_len = options.resolved_max_model_len(model.config.max_position_embeddings)
-        per_token = kv_bytes_per_token(model, model.dtype)
-        memory = options.kv_cache_memory
-        if memory is None:
-            memory = default_kv_cache_memory(model.device, options.kv_cache_memory_fraction)
         config = EngineConfig(
-            num_blocks=num_blocks_for(memory, per_token, options.block_size, max_model_len),
+            num_blocks=1,  # until the memory that is there has been measured
             max_model_len=max_model_len,
-            kv_bytes_per_token=per_token,
+            kv_bytes_per_token=kv_bytes_per_token(model, model.dtype),
             block_size=options.block_size,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.resolved_max_num_batched_tokens(model.device),
             enable_prefix_caching=options.enable_prefix_caching,
             scheduling_policy=options.scheduling_policy,
         )
+        memory = options.kv_cache_memory
+        if memory is None:
+            taken = 0
+            if model.device.type == "cuda":
+                taken = measure_step_memory(model, config, cuda_graphs=options.cuda_graphs)
+            memory = default_kv_cache_memory(model.device, options.kv_cache_memory_fraction) - taken
+        num_blocks = num_blocks_for(memory, config.kv_bytes_per_token, config.block_size, max_model_len)
+        config = replace(config, num_blocks=num_blocks)
         return cls(
             model,
             loaded.tokenizer,
@@ -160,7 +177,10 @@ class LLMEngine:
         )
         if isinstance(params, SamplingParams):
             self._check_token_rules(params, request)
+        grammar = self.compile_grammar(params)
         self.scheduler.add_request(request)
+        if grammar is not None:
+            self._grammars.add(request, grammar)
         live = self._live[request_id] = self._make_live(request, text, stream)
         if live.wants_every_token:
             self._attentive.add(request_id)
@@ -172,6 +192,17 @@ class LLMEngine:
         token_bytes = self._token_bytes.get(params.skip_special_tokens) if params.detokenize else None
         decode = None if token_bytes is None else self._decode_token
         return LiveRequest(request, text, stream, token_bytes, decode)
+
+    def compile_grammar(self, params: SamplingParams | BeamSearchParams) -> "LLMatcher | None":
+        """What `structured_outputs` asks for, if anything. Takes up to some seconds for a new one; `add_request` then
+        finds it compiled. Touches no state of a step: safe in any thread. ValueError for what is not sound."""
+        wish = params.structured_outputs if isinstance(params, SamplingParams) else None
+        if wish is None:
+            return None
+        assert isinstance(wish, StructuredOutputsParams)
+        if self._grammar_compiler is None:
+            raise ValueError("structured_outputs: expected none, since this engine has no tokenizer")
+        return self._grammar_compiler.compile(wish)
 
     def prompt_token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """The checked token ids of a prompt. Touches no state: safe in any thread."""
@@ -251,12 +282,25 @@ class LLMEngine:
             self._in_flight.clear()
             return [self._close(self._live[request.request_id]) for request in self.scheduler.fail_step()]
         outputs = self._record(self.scheduler.update(output, result), result)
+        if self._gave_up:
+            outputs, self._gave_up = self._gave_up + outputs, []
         if self.memory_trace is not None:
             self.memory_trace.sample()
         return outputs
 
     def _launch(self, output: SchedulerOutput) -> None:
-        self._in_flight.append((output, self.runner.launch(output)))
+        self._in_flight.append((output, self.runner.launch(output, self._token_bitmasks(output))))
+
+    def _token_bitmasks(self, output: SchedulerOutput) -> dict[int, torch.Tensor] | None:
+        """For the sequences that have a grammar. One whose grammar gave up ends here, with an error."""
+        if not self._grammars:
+            return None
+        masks, stuck = self._grammars.bitmasks(output.scheduled)
+        for seq in stuck:
+            self.scheduler.finish(seq, "error", f"structured_outputs: {GAVE_UP}")
+            if seq.request.finished:
+                self._gave_up.append(self._close(self._live[seq.request.request_id]))
+        return {seq_id: torch.from_numpy(mask) for seq_id, mask in masks.items()}
 
     def _record(self, rows: list[SequenceState | None], result: StepResult) -> list[RequestOutput]:
         """Text, log probabilities and stop strings of the new tokens, for the requests that look at every token."""
@@ -300,6 +344,7 @@ class LLMEngine:
         """The last output of a request that has finished; nothing of it is kept."""
         del self._live[live.request.request_id]
         self._attentive.discard(live.request.request_id)
+        self._grammars.remove(live.request)
         return live.output()
 
     def _decode_token(self, token_id: int) -> str:
@@ -312,12 +357,19 @@ class LLMEngine:
         """Where every byte of the cache is, now."""
         return measure(self.scheduler)
 
+    def device_memory(self) -> DeviceMemory | None:
+        """Where every byte of the GPU is, now; None on a CPU."""
+        if self.model.device.type != "cuda":
+            return None
+        return device_memory(self.model.device, weight_bytes(self.model), self.runner.kv_cache.nbytes)
+
     def check_integrity(self) -> None:
         """Asserts that scheduler, blocks and our own records agree; for tests, between steps."""
         self.scheduler.check_integrity()
         assert self._live.keys() == self.scheduler.requests.keys(), (
             "every live request is the scheduler's, and no other"
         )
+        assert self._grammars.request_ids <= self._live.keys()
         assert self._attentive <= self._live.keys(), "nothing is kept of finished requests"
 
 

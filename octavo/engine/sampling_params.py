@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.engine.from_dict import FromDict
+from octavo.engine.structured_output import StructuredOutputsParams
 
 MAX_N = 1024  # candidates of one request
 MAX_LOGPROBS = 20  # alternatives reported with each token; vLLM's default bound
@@ -100,6 +101,8 @@ class SamplingParams(FromDict):
     logit_bias: token id to a number from -100 to 100, added to the logits. bad_words: strings never produced.
     allowed_token_ids: only these may be produced.
     skip_special_tokens, detokenize: of the output text.
+    structured_outputs: the form that the output takes, a StructuredOutputsParams or a mapping of its fields. No field
+    that forbids tokens may stand beside it: together they could leave none.
     """
 
     n: int = 1
@@ -124,12 +127,13 @@ class SamplingParams(FromDict):
     allowed_token_ids: Sequence[int] | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     @property
     def looks_back(self) -> bool:
         """Whether the choice of a token needs the values of the output before it, beyond what the model sees."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
-        return penalties != (0.0, 0.0, 1.0) or bool(self.bad_words)
+        return penalties != (0.0, 0.0, 1.0) or bool(self.bad_words) or self.structured_outputs is not None
 
     def __post_init__(self) -> None:
         for field in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
@@ -138,6 +142,8 @@ class SamplingParams(FromDict):
         self._check_lengths()
         self._check_reports()
         self._check_token_rules()
+        if self.structured_outputs is not None:
+            self._check_form()
 
     def _set(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
@@ -183,6 +189,16 @@ class SamplingParams(FromDict):
             self._set("allowed_token_ids", allowed)
         if self.logit_bias is not None:
             self._set("logit_bias", _checked_bias(self.logit_bias))
+
+    def _check_form(self) -> None:
+        form: Any = self.structured_outputs
+        if isinstance(form, Mapping):
+            self._set("structured_outputs", StructuredOutputsParams.from_dict(form))
+        elif not isinstance(form, StructuredOutputsParams):
+            raise _refuse("structured_outputs", "a StructuredOutputsParams or a mapping of its fields", form)
+        for field, absent in (("allowed_token_ids", None), ("bad_words", ()), ("min_tokens", 0), ("ignore_eos", False)):
+            if (value := getattr(self, field)) != absent:
+                raise _refuse(field, f"{absent!r} beside structured_outputs, which alone decides", value)
 
 
 def _checked_bias(bias: Any) -> dict[int, float]:

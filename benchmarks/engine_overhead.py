@@ -81,8 +81,9 @@ class Clock:
         setattr(owner, method, timed)
 
 
-def measure(num_seqs: int, steps: int, vocab: int, params: dict[str, Any]) -> dict[str, float]:
-    """Microseconds per decode step of `num_seqs` sequences, by phase."""
+def measure(num_seqs: int, steps: int, vocab: int, run_ahead: bool, params: dict[str, Any]) -> dict[str, float]:
+    """Microseconds per decode step of `num_seqs` sequences, by phase. run_ahead: as on a GPU, through the buffers of
+    the decode graphs."""
     config = EngineConfig(
         num_blocks=num_seqs * (steps // 16 + 8),
         max_model_len=steps + 100,
@@ -90,7 +91,7 @@ def measure(num_seqs: int, steps: int, vocab: int, params: dict[str, Any]) -> di
         max_num_seqs=num_seqs,
         max_num_batched_tokens=max(num_seqs, 2048),
     )
-    engine = LLMEngine(NullModel(vocab, num_seqs), byte_tokenizer(vocab), config)  # type: ignore[arg-type]
+    engine = LLMEngine(NullModel(vocab, num_seqs), byte_tokenizer(vocab), config, run_ahead=run_ahead)  # type: ignore[arg-type]
     for i in range(num_seqs):
         sampling = SamplingParams(max_tokens=steps + 40, ignore_eos=True, **params)
         engine.add_request(str(i), [(i + j) % vocab for j in range(8)], sampling)
@@ -98,8 +99,10 @@ def measure(num_seqs: int, steps: int, vocab: int, params: dict[str, Any]) -> di
         engine.step()
     clock = Clock()
     clock.watch(engine.scheduler, "schedule", "schedule")
+    clock.watch(engine.scheduler, "schedule_ahead", "schedule")
     clock.watch(engine.runner, "_batch", "build the batch")
-    clock.watch(engine.runner.sampler, "sample", "sample")
+    clock.watch(engine.runner.sampler, "draw", "sample")
+    clock.watch(engine.runner.sampler, "report", "sample")
     clock.watch(engine.scheduler, "update", "update")
     clock.watch(engine, "_record", "text and outputs")
     start = time.perf_counter()
@@ -123,13 +126,16 @@ def main() -> None:
     parser.add_argument("--seqs", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--vocab", type=int, default=512)
+    parser.add_argument(
+        "--run-ahead", action="store_true", help="as on a GPU: each step launched before the last is read"
+    )
     parser.add_argument("--json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = []
     for num_seqs in arguments.seqs:
         for name, params in WORKLOADS.items():
-            times = measure(num_seqs, arguments.steps, arguments.vocab, params)
+            times = measure(num_seqs, arguments.steps, arguments.vocab, arguments.run_ahead, params)
             results.append({"sequences": num_seqs, "workload": name, "microseconds_per_step": times})
             line = ", ".join(f"{phase} {value:.0f}" for phase, value in times.items() if phase != "total")
             print(f"{num_seqs:4d} sequences, {name:<12} {times['total']:7.0f} µs/step: {line}", flush=True)

@@ -202,7 +202,6 @@ class ModelRunner:
         counts = np.fromiter([entry.num_new_tokens for entry in scheduled], np.int64, len(sequences))
         token_ids = np.array(list(chain.from_iterable(self._new_tokens(entry) for entry in scheduled)), dtype=np.int64)
         decodes = all(entry is entry.seq.decode_entry for entry in scheduled)
-        decodes = decodes and not any(seq.request.is_beam_search for seq in sequences)  # their tokens come from outside
         return Batch(scheduled, starts, counts, token_ids, decodes)
 
     def _next_batch(self, steady: Batch) -> Batch:

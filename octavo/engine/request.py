@@ -88,7 +88,8 @@ class Sequence:
         self.stop_reason: int | str | None = None
         self.max_tokens_total = 0  # prompt and output together; set when the request is added
         self.order: tuple[int, int, int] = (0, 0, index)  # first in this order runs first and is preempted last
-        self.decode_entry = ScheduledSequence(self, 1, 1)  # what a decode step schedules: made once, not at each step
+        # what a decode step schedules: made once, not at each step; a beam has none, since its tokens come from outside
+        self.decode_entry = None if request.is_beam_search else ScheduledSequence(self, 1, 1)
 
     @property
     def num_tokens(self) -> int:
@@ -144,12 +145,12 @@ class Request:
         self.request_id = request_id
         self.prompt_token_ids = _checked_prompt(prompt_token_ids)
         self.params = params
+        self.is_beam_search = isinstance(params, BeamSearchParams)
         self.priority = _checked_priority(priority)
         self.cache_salt = _checked_salt(cache_salt)
         self.eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         stop_ids = params.stop_token_ids if isinstance(params, SamplingParams) else ()
         self.ending_token_ids = self.eos_token_ids | frozenset(stop_ids)
-        self.is_beam_search = isinstance(params, BeamSearchParams)
         self.looks_back = params.looks_back if isinstance(params, SamplingParams) else True
         self.sequences = [Sequence(self, 0, list(self.prompt_token_ids))]
         self.num_created_sequences = 1

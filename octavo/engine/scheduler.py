@@ -152,7 +152,7 @@ class Scheduler:
                 copy = self.blocks.extend(seq, seq.num_computed_tokens + 1)
                 if copy is not None:
                     copies.append(copy)
-            scheduled.append(seq.decode_entry)
+            scheduled.append(seq.decode_entry or ScheduledSequence(seq, 1, 1))
 
     def _make_room(self, seq: Sequence, preempted: list[Sequence]) -> bool:
         """Preempts from the last in order until the next token of seq has a slot; False if it came to seq itself."""
@@ -251,17 +251,18 @@ class Scheduler:
         token_ids, logprobs = result.token_ids, result.logprobs
         running = SequenceStatus.RUNNING
         for entry in output.scheduled:
-            seq = entry.seq
-            if entry is not seq.decode_entry or seq.status is not running or seq.request.is_beam_search:
+            seq = entry[0]
+            if entry is not seq.decode_entry or seq.status is not running:
                 self._record_rare(seq, entry.num_samples, result, rows)
                 continue
             token_id = token_ids[len(rows)]
             if logprobs is not None:
                 seq.cumulative_logprob += logprobs[len(rows)]
-            seq.token_ids.append(token_id)
+            text = seq.token_ids
+            text.append(token_id)
             seq.num_pending_tokens = 0
             rows.append(seq)
-            if token_id in seq.request.ending_token_ids or len(seq.token_ids) >= seq.max_tokens_total:
+            if len(text) >= seq.max_tokens_total or token_id in seq.request.ending_token_ids:
                 self._end_if_over(seq)
         assert len(rows) == len(token_ids), "the result has a row for each sample"
         for chunk in result.prompt_logprobs:
@@ -276,10 +277,11 @@ class Scheduler:
         if self._assumed is output:
             return
         self._assumed = output
+        running = SequenceStatus.RUNNING
         for entry in output.scheduled:
             seq, num_new_tokens, num_samples = entry
             seq.num_computed_tokens += num_new_tokens
-            if not num_samples or seq.finished or seq.request.is_beam_search:
+            if not num_samples or seq.status is not running or seq.request.is_beam_search:
                 continue
             seq.num_pending_tokens = 1
             if num_samples > 1:

@@ -72,8 +72,9 @@ class GrammarCompiler:
             self._vocabulary = _vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids)
         limits = LLParserLimits(**PARSER_LIMITS, verbose_errors=False)  # type: ignore[arg-type]
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
-        trial = matcher.deep_copy()
-        trial.compute_bitmask()  # fills the lexer, which all copies share
+        for _ in range(2):  # a lexer that outgrew its limit in one copy says so in the next; all copies share it
+            trial = matcher.deep_copy()
+            trial.compute_bitmask()
         if trial.is_error():
             raise ValueError(f"structured_outputs.{wish.kind}: {GAVE_UP}; simplify it ({trial.get_error():.200})")
         return matcher

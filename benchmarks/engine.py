@@ -195,7 +195,7 @@ def measure(engine_class: type[Octavo] | type[VLLM], arguments: argparse.Namespa
     result["first_generation_s"] = round(seconds_of(engine, [(workload[0][0], 8)], 0.6), 3)
     tokens = sum(length for _, length in workload)
     result["batch_tokens"] = {"in": sum(len(prompt) for prompt, _ in workload), "out": tokens}
-    for repetition in ("first", "second"):
+    for repetition in ("first", "second")[: arguments.batches]:
         if isinstance(engine, Octavo):
             engine.steps.clear()
         seconds = seconds_of(engine, workload, 0.6)
@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("directory", help="holds a config.json")
     parser.add_argument("--engine", nargs="+", choices=["octavo", "vllm"], default=["octavo"])
     parser.add_argument("--seqs", type=int, default=256)
+    parser.add_argument("--batches", type=int, choices=[1, 2], default=2, help="how often to run the batch")
     parser.add_argument("--profile", help="where to write a timeline")
     parser.add_argument("--json")
     arguments = parser.parse_args()
@@ -240,8 +241,13 @@ def main() -> None:
         except ImportError as error:
             sys.exit(f"--engine {name}: {error}")
     if len(results) == 2:
-        batches = [result["second_batch"]["tokens_per_s"] for result in results]
-        print(f"ratio: batch {batches[0] / batches[1]:.3f}")
+        last = ("first_batch", "second_batch")[arguments.batches - 1]
+        batch, single = (
+            [result[last]["tokens_per_s"] for result in results],
+            [result["single_ms_per_token"] for result in results],
+        )
+        print(f"{results[0]['engine']} / {results[1]['engine']}: batch tokens/s {batch[0] / batch[1]:.3f}, ", end="")
+        print(f"time per token of one stream {single[0] / single[1]:.3f}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"environment": environment(), "results": results}, indent=2))
 

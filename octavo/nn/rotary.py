@@ -116,7 +116,10 @@ class RotaryEmbedding(nn.Module):
         position, or its row of `metadata` when the batch is packed."""
         seq_len = self._seq_len(positions, metadata) if self.rope_type == "dynamic" else None
         angles = positions.unsqueeze(-1).to(torch.float32) * self.inv_freq(positions.device, seq_len)
-        return Rotation(angles.cos() * self.attention_factor, angles.sin() * self.attention_factor)
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_factor != 1.0:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        return Rotation(cos, sin)
 
     def _seq_len(self, positions: Tensor, metadata: AttentionMetadata | None) -> Tensor:
         if metadata is None:

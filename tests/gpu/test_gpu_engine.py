@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from octavo import LLM, SamplingParams
+from octavo.models import config_from_hf
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +54,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """`checkpoints(family)` → directory of random weights, and transformers' greedy tokens of each prompt on the GPU."""
+    """`checkpoints(family)` → directory of random weights, and transformers' greedy tokens on the GPU for each prompt."""
     made = {}
 
     def make(family: str):
@@ -81,9 +82,9 @@ def greedy(reference, prompt: list[int]) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def make_llm(directory, num_blocks: int = 64, **options) -> LLM:
-    options = {"device": "cuda", "dtype": "float32", "block_size": 16, "max_num_seqs": 8} | options
-    llm = LLM(directory, skip_tokenizer_init=True, progress=False, kv_cache_memory=1 << 24, **options)
+def make_llm(directory, **options) -> LLM:
+    options = {"dtype": "float32", "block_size": 16, "max_num_seqs": 8, "kv_cache_memory": 1 << 24} | options
+    llm = LLM(directory, device="cuda", skip_tokenizer_init=True, progress=False, **options)
     assert llm.engine.model.device.type == "cuda"
     return llm
 
@@ -117,3 +118,65 @@ def test_half_precision_serves(checkpoints, dtype):
     outputs = tokens(make_llm(directory, dtype=dtype))
     assert outputs == tokens(make_llm(directory, dtype=dtype))
     assert [len(o) for o in outputs] == [len(o) for o in expected]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek_v2"])
+@pytest.mark.parametrize(
+    "options",
+    [{"cuda_graphs": False}, {"max_num_batched_tokens": 16}, {"max_num_seqs": 3}, {"block_size": 1}],
+    ids=str,
+)
+def test_the_way_of_running_changes_no_token(checkpoints, family, options):
+    directory, expected = checkpoints(family)
+    assert tokens(make_llm(directory, **options)) == expected
+
+
+def test_a_tiny_cache_preempts_and_changes_no_token(checkpoints):
+    directory, expected = checkpoints("llama")
+    per_token = config_from_hf(directory).kv_bytes_per_token(torch.float32)
+    llm = make_llm(directory, kv_cache_memory=9 * 16 * per_token)
+    assert tokens(llm) == expected
+    assert llm.engine.scheduler.num_preemptions > 0
+
+
+def test_a_batch_that_shrinks_runs_on_smaller_graphs(checkpoints):
+    """20 requests that end one after the other: each has the tokens that it has alone."""
+    directory, _ = checkpoints("llama")
+    llm = make_llm(directory, max_num_seqs=20, kv_cache_memory=1 << 26)
+    prompts = [[7 + i, 11 * i % 290, 5] * (1 + i % 4) for i in range(20)]
+    params = [SamplingParams(temperature=0.0, max_tokens=2 + 3 * i, ignore_eos=True) for i in range(20)]
+    together = tokens(llm, prompts, params)
+    assert together == [tokens(llm, [prompt], [p])[0] for prompt, p in zip(prompts, params, strict=True)]
+
+
+def test_the_default_cache_leaves_room_for_every_step(checkpoints):
+    """Sized by what was measured: the fullest steps run, and the report accounts for the whole GPU."""
+    directory, _ = checkpoints("qwen3")
+    llm = make_llm(directory, kv_cache_memory=None, kv_cache_memory_fraction=0.5, max_num_seqs=64)
+    before = llm.engine.device_memory()
+    assert before.kv_cache == llm.engine.config.cache_bytes
+    assert 0.3 * before.total < before.kv_cache < 0.5 * before.total
+    prompts = [[i % 290 + 3] * 200 for i in range(64)]
+    tokens(llm, prompts, SamplingParams(seed=1, max_tokens=8, ignore_eos=True))
+    after = llm.engine.device_memory()
+    assert after.weights == before.weights
+    assert after.free > 0.4 * after.total
+
+
+def test_aborts_under_a_step_in_flight(checkpoints):
+    directory, expected = checkpoints("llama")
+    engine = make_llm(directory).engine
+    finished = {}
+    for i, prompt in enumerate(PROMPTS):
+        engine.add_request(str(i), prompt, GREEDY)
+        engine.add_request(f"aborted {i}", prompt[::-1], GREEDY)
+    for step in range(200):
+        if not engine.has_unfinished():
+            break
+        for output in engine.step():
+            finished[output.request_id] = list(output.outputs[0].token_ids)
+        if 2 <= step < 2 + len(PROMPTS):
+            engine.abort(f"aborted {step - 2}")
+        engine.check_integrity()
+    assert [finished[str(i)] for i in range(len(PROMPTS))] == expected
+    assert engine.scheduler.blocks.num_free_blocks == engine.config.num_blocks

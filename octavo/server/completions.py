@@ -10,7 +10,7 @@ from starlette.responses import Response
 from octavo.server.errors import ApiError
 from octavo.server.generation import Generation
 from octavo.server.guards import info_of, json_response
-from octavo.server.logprobs import TokenTexts
+from octavo.server.logprobs import Place, TokenTexts
 from octavo.server.messages import News, Piece
 from octavo.server.protocol import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from octavo.server.service import Service
@@ -79,7 +79,7 @@ class _Writer:
         self._body = body
         self._prompts = prompts
         self._texts = TokenTexts(service.tokenizer) if body.logprobs is not None else None
-        self._lengths = [0] * len(prompts) * self._n  # characters told of each choice
+        self._places = [Place() for _ in range(len(prompts) * self._n)]  # in the text of each choice
         self._begun: set[int] = set()  # choices whose prompt has been told
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -121,9 +121,7 @@ class _Writer:
         text = "" if self._only_echo else piece.text
         reason = "length" if self._only_echo and piece.finish_reason else piece.finish_reason
         whole = prompt.text + text if prompt else text
-        choice = CompletionChoice(index, whole, self._logprobs(index, piece, news, prompt), reason, piece.stop_reason)
-        self._lengths[index] += len(whole)
-        return choice
+        return CompletionChoice(index, whole, self._logprobs(index, piece, news, prompt), reason, piece.stop_reason)
 
     def _logprobs(self, index: int, piece: Piece, news: News, prompt: Prompt | None) -> CompletionLogprobs | None:
         if self._texts is None:
@@ -134,4 +132,4 @@ class _Writer:
         if prompt is not None:
             assert news.prompt_logprobs is not None
             token_ids, entries = [*prompt.token_ids, *token_ids], [*news.prompt_logprobs, *entries]
-        return self._texts.for_completion(token_ids, entries, self._body.logprobs or 0, self._lengths[index])
+        return self._texts.for_completion(token_ids, entries, self._body.logprobs or 0, self._places[index])

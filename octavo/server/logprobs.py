@@ -1,6 +1,7 @@
 """Log probabilities in the two shapes of the API. A token is told by its exact bytes, which need not be whole
 characters."""
 
+import codecs
 from collections.abc import Sequence
 
 from octavo.engine.detokenizer import TokenBytes, token_bytes_of
@@ -35,14 +36,15 @@ class TokenTexts:
     # ---- shapes ----------------------------------------------------------------------------------------------------
 
     def for_completion(
-        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], num_top: int, offset: int
+        self,
+        token_ids: Sequence[int],
+        entries: Sequence[TokenLogprobs | None],
+        num_top: int,
+        place: "Place",
     ) -> CompletionLogprobs:
-        """offset: characters of the choice's text before the first of these tokens."""
+        """place: where the first of these tokens stands; moved behind the last."""
         names = [self.name(token_id) for token_id in token_ids]
-        offsets = []
-        for token_id in token_ids:
-            offsets.append(offset)
-            offset += len((self.bytes_of(token_id) or b"").decode("utf-8", "ignore"))
+        offsets = [place.step(self.bytes_of(token_id) or b"") for token_id in token_ids]
         logprobs = [
             None if entry is None else _finite(entry[token_id].logprob)
             for token_id, entry in zip(token_ids, entries, strict=True)
@@ -63,6 +65,20 @@ class TokenTexts:
     def _told(self, token_id: int, logprob: float) -> tuple[str, float, list[int] | None]:
         spelt = self.bytes_of(token_id)
         return self.name(token_id), _finite(logprob), None if spelt is None else list(spelt)
+
+
+class Place:
+    """A place in a text that is read token by token; a character counts once its last byte has come."""
+
+    def __init__(self) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._offset = 0
+
+    def step(self, token: bytes) -> int:
+        """The characters before this token."""
+        start = self._offset
+        self._offset += len(self._decode(token))
+        return start
 
 
 def _likeliest(entry: TokenLogprobs, count: int, and_sampled: bool = False) -> list[tuple[int, float]]:

@@ -88,7 +88,7 @@ class SamplingFields(Strict, kw_only=True):
 
 def _token_id(key: str) -> int:
     if not (key.isascii() and key.isdigit() and len(key) < 12):
-        raise ValueError(f"logit_bias: expected token ids as keys, got {key[:40]!r}")
+        raise ApiError(400, f"logit_bias: expected token ids as keys, got {key[:40]!r}", param="logit_bias")
     return int(key)
 
 
@@ -314,7 +314,7 @@ class Memory(Struct):
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`(?: - at `\$(.*)`)?$", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`(?: - at `\$(.*)`)?$", re.DOTALL)
 _WRONG = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*)`)?$", re.DOTALL)
 
 

@@ -6,12 +6,15 @@ what is left then is ended with an error that says why. A second signal ends at 
 
 import asyncio
 import logging
+import resource
 import socket
 import ssl
 import sys
 from typing import Any
 
+import h11
 from uvicorn import Config, Server
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo.server.app import build_app
 from octavo.server.service import Service
@@ -23,12 +26,50 @@ LAST_WORDS = 5.0  # seconds for the ended streams to say why
 MAX_HEAD = 32 << 10  # bytes of a request's line and headers
 
 
-class _Server(Server):
-    """Uvicorn's, with an engine that starts before and stops after it."""
+class _Config(Config):
+    """Uvicorn's, with one more limit."""
+
+    header_timeout: float  # seconds
+
+
+class _Protocol(H11Protocol):
+    """Uvicorn's, which closes a connection whose request's head does not come in time."""
+
+    config: _Config
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._await_head()
+        else:
+            self._forget_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.config.header_timeout, self.transport.close)
+
+    def _forget_head(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class OctavoServer(Server):
+    """Uvicorn's, with an engine that starts before and stops after it. address: where it listens, once started."""
 
     def __init__(self, config: Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self.address = ""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loading = asyncio.create_task(self._service.start())
@@ -40,9 +81,10 @@ class _Server(Server):
             return
         await loading
         await super().startup(sockets)
-        for server in self.servers:
-            for listener in server.sockets:
-                logger.info("Listening at %s", _address(listener, self._service.settings))
+        listeners = [listener for server in self.servers for listener in server.sockets]
+        self.address = _address(listeners[0], self._service.settings)
+        for listener in listeners:
+            logger.info("Listening at %s", _address(listener, self._service.settings))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         service = self._service
@@ -65,8 +107,14 @@ def _address(listener: Any, settings: ServerSettings) -> str:
 def run(settings: ServerSettings, options: dict[str, Any]) -> None:
     """Serves until a signal. options: of EngineOptions, as plain data. ValueError for what the user must change."""
     _log_to_stderr()
+    _allow_many_connections()
+    make_server(settings, options).run()
+
+
+def make_server(settings: ServerSettings, options: dict[str, Any]) -> OctavoServer:
+    """A server that has not started; its `run` blocks."""
     service = Service(settings, options)
-    config = Config(
+    config = _Config(
         build_app(service),
         host=settings.host,
         port=settings.port,
@@ -76,7 +124,7 @@ def run(settings: ServerSettings, options: dict[str, Any]) -> None:
         ssl_keyfile_password=settings.ssl_keyfile_password,
         ssl_ca_certs=settings.ssl_ca_certs,
         ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
-        http="h11",
+        http=_Protocol,
         ws="none",
         log_config=None,
         access_log=False,
@@ -86,7 +134,14 @@ def run(settings: ServerSettings, options: dict[str, Any]) -> None:
         timeout_graceful_shutdown=round(settings.shutdown_timeout + LAST_WORDS),
         lifespan="off",
     )
-    _Server(config, service).run()
+    config.header_timeout = settings.header_timeout
+    return OctavoServer(config, service)
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system lets us have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _log_to_stderr() -> None:

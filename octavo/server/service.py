@@ -93,9 +93,12 @@ class Service:
             raise ApiError(400, f"{field}: expected a text of at least one character, got an empty one", param=field)
         if len(text) > LONGEST_TOKEN * self.facts.max_model_len:
             raise ApiError(400, f"{field}: {len(text):,} characters cannot fit the context", param=field)
-        if len(text) < LONG_TEXT:
-            return tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+        try:
+            if len(text) < LONG_TEXT:
+                return tokenizer.encode(text, add_special_tokens)
+            return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+        except ValueError as error:
+            raise ApiError(400, f"{field}: {error}", param=field) from None
 
     def check_prompt(self, token_ids: list[int]) -> None:
         """ApiError for ids that do not exist and prompts without room for an answer."""

@@ -1,0 +1,94 @@
+"""Real servers for the tests: the application in a thread here, its engine in a process of its own."""
+
+import contextlib
+import threading
+import time
+
+import httpx
+import pytest
+
+from octavo.server.serve import make_server
+from octavo.server.settings import ServerSettings
+
+SMALL = {"device": "cpu", "block_size": 4, "kv_cache_memory": 2 << 20, "max_num_seqs": 8}
+
+
+class Running:
+    """A server that answers. url: where. client: an httpx client of it. service: its insides, for a look."""
+
+    def __init__(self, server, thread):
+        self.server = server
+        self.thread = thread
+        self.service = server._service
+        self.url = server.address
+        self.service_address = ("127.0.0.1", int(self.url.rpartition(":")[2]))
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def post(self, path, body, **options):
+        return self.client.post(path, json=body, **options)
+
+    def get(self, path, **options):
+        return self.client.get(path, **options)
+
+    def chat(self, text="the hen", **fields):
+        return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], **fields})
+
+    def complete(self, prompt="the hen", **fields):
+        return self.post("/v1/completions", {"prompt": prompt, **fields})
+
+    def memory(self, headers=None):
+        return self.get("/v1/memory", headers=headers).json()
+
+    def wait(self, condition, what, seconds=20):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"timed out waiting until {what}"
+            time.sleep(0.02)
+
+    def wait_until_idle(self, headers=None):
+        """All blocks are back."""
+        self.wait(lambda: self.memory(headers)["used"] == 0, "all blocks are back")
+
+
+@contextlib.contextmanager
+def running(model, options=None, **settings):
+    """A server of `model`; options of the engine, settings of the server."""
+    server = make_server(ServerSettings(port=0, **settings), {"model": str(model), **SMALL, **(options or {})})
+    failure = []
+
+    def run():
+        try:
+            server.run()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.02)
+    if failure:
+        raise failure[0]
+    here = Running(server, thread)
+    try:
+        yield here
+    finally:
+        here.client.close()
+        server.should_exit = True
+        thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model_dir):
+    """The tiny random model behind an open server, for every test that changes nothing of it."""
+    with running(tiny_model_dir, {}, shutdown_timeout=1) as here:
+        yield here
+
+
+@pytest.fixture
+def serve(tiny_model_dir):
+    """`serve(options, **settings)`: a server of one's own."""
+    with contextlib.ExitStack() as stack:
+        yield lambda options=None, **settings: stack.enter_context(
+            running(tiny_model_dir, options, **{"shutdown_timeout": 1, **settings})
+        )

@@ -3,8 +3,10 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Tensor
+from octavo.kernels.triton.early_launch import early_launch_options
 
 
 @triton.jit
@@ -24,11 +26,14 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def gated_activation_kernel(gate_up, out, stride, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def gated_activation_kernel(gate_up, out, stride, width, KIND: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK columns of one row: gate_up (T, 2·width) with contiguous columns, out (T, width) contiguous."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     used = d < width
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     gate = tl.load(gate_up + row * stride + d, mask=used, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + d, mask=used, other=0.0).to(tl.float32)
     tl.store(out + row * width + d, (activate(gate, KIND) * up).to(out.dtype.element_ty), mask=used)
@@ -48,6 +53,13 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     if out.numel():
         block = min(triton.next_power_of_2(width), 1024)
         gated_activation_kernel[(rows.shape[0], triton.cdiv(width, block))](
-            rows, out, rows.stride(0), width, KIND=activation, BLOCK=block, num_warps=4
+            rows,
+            out,
+            rows.stride(0),
+            width,
+            KIND=activation,
+            BLOCK=block,
+            num_warps=4,
+            **early_launch_options(out.device),
         )
     return out

@@ -4,8 +4,10 @@ times."""
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Tensor
+from octavo.kernels.triton.early_launch import early_launch_options
 
 _WIDEST = 16384  # columns that one program holds in registers
 
@@ -13,14 +15,17 @@ _WIDEST = 16384  # columns that one program holds in registers
 @triton.jit(do_not_specialize=["eps"])
 def rms_norm_kernel(
     x, residual, weight, out, total, stride_x, stride_r, eps,
-    WIDTH: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, UNIT_OFFSET: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row `pid` of x (T, WIDTH), plus that of `residual` if there is one; out and total are contiguous."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     used = d < WIDTH
-    value = tl.load(x + row * stride_x + d, mask=used, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     scale = tl.load(weight + d, mask=used, other=0.0).to(tl.float32)
+    value = tl.load(x + row * stride_x + d, mask=used, other=0.0).to(tl.float32)
     if residual is not None:
         value += tl.load(residual + row * stride_r + d, mask=used, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
@@ -75,4 +80,5 @@ def _launch(
     rms_norm_kernel[(rows,)](
         x, residual, weight, out, total, x.stride(0), 0 if residual is None else residual.stride(0), eps,
         WIDTH=width, UNIT_OFFSET=unit_offset, BLOCK=block, num_warps=min(max(block // 512, 1), 16),
+        **early_launch_options(x.device),
     )  # fmt: skip

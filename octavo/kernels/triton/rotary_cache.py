@@ -6,8 +6,10 @@ Separate ops would read and write queries and keys three times, in six or more l
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import HeadNorm, Rotary, Tensor
+from octavo.kernels.triton.early_launch import early_launch_options
 
 _HEADS = 4  # of a program: enough programs for one token, enough work in each for many
 
@@ -55,12 +57,15 @@ def rotate_and_store_kernel(
     qkv, q, k_cache, v_cache, cos, sin, q_weight, k_weight, slot_mapping, stride_t, block_size, eps,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, UNIT_OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr, UNIT_OFFSET: tl.constexpr, PDL: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H heads of one token; the second axis of the grid goes over q's heads, then k's, then v's."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     q_groups: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     kv_groups: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
     row = qkv + token * stride_t
@@ -101,11 +106,14 @@ def rotate_and_store_latent_kernel(
     latent, q, q_absorbed, weight, cos, sin, kv_cache, slot_mapping, stride_t, stride_qt, stride_qh, stride_at,
     stride_ah, block_size, eps, stride_cb, stride_cs,
     HEADS: tl.constexpr, RANK: tl.constexpr, NOPE: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One token: program 0 writes its latent and rotary key, the others turn BLOCK_H heads of its query each."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     cos += token * (ROTARY // 2)
     sin += token * (ROTARY // 2)
     if group == 0:
@@ -170,6 +178,7 @@ def rotate_and_store(
         BLOCK_R=triton.next_power_of_2(max(rotary_dim // 2, 1)),
         BLOCK_REST=triton.next_power_of_2(max(width - rotary_dim, 1)),
         BLOCK_D=triton.next_power_of_2(width), num_warps=max(1, min(4, heads * width // 128)),
+        **early_launch_options(qkv.device),
     )  # fmt: skip
     return q
 
@@ -203,5 +212,5 @@ def rotate_and_store_latent(
         latent.stride(0), *q.stride()[:2], *q_absorbed.stride()[:2], kv_cache.shape[1], eps, *kv_cache.stride()[:2],
         HEADS=num_heads, RANK=rank, NOPE=q_width - rotary_dim, ROTARY=rotary_dim, INTERLEAVED=rotary.interleaved,
         BLOCK_H=heads, BLOCK_RANK=triton.next_power_of_2(rank), BLOCK_R=triton.next_power_of_2(rotary_dim // 2),
-        num_warps=4,
+        num_warps=4, **early_launch_options(latent.device),
     )  # fmt: skip

@@ -12,8 +12,10 @@ Noise is a hash of (seed, position, token), the same in the reference.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Tensor
+from octavo.kernels.triton.early_launch import early_launch_options
 
 CAPACITY = 2048
 
@@ -167,11 +169,14 @@ def _gather(source, count, threshold, to_x, to_ids, BLOCK: tl.constexpr):
 @triton.jit
 def sample_kernel(
     logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, scratch, scratch_ids, vocab, stride,
-    CAPACITY: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEARCH: tl.constexpr,
+    CAPACITY: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEARCH: tl.constexpr,
 ):  # fmt: skip
     """Row `pid` of logits (N, vocab); scratch (N, CAPACITY) of logits' dtype, scratch_ids (N, CAPACITY) int32."""
     r = tl.program_id(0).to(tl.int64)
     row = logits + r * stride
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     t = tl.load(temperature + r)
     k = tl.load(top_k + r)
     k = tl.where((k <= 0) | (k > vocab), vocab, k)
@@ -210,9 +215,7 @@ def sample_kernel(
 
 
 @triton.jit
-def _truncate(
-    source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _truncate(source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """The lowest entry that top_k, then top_p keep, of those at or above floor; total: the mass before top_k."""
     if k < count:
         floor = _lowest_kept(source, count, floor, top, inverse_t, k.to(tl.float32), False, SPLITS, BLOCK)
@@ -243,5 +246,6 @@ def sample_on_device(
         sample_kernel[(rows,)](
             logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, scratch, scratch_ids, vocab,
             logits.stride(0), CAPACITY=CAPACITY, SPLITS=8, BLOCK=8192, BLOCK_SEARCH=2048, num_warps=16,
+            **early_launch_options(logits.device),
         )  # fmt: skip
     return tokens

@@ -1,15 +1,17 @@
-"""Paged and latent decode on one GPU: octavo's backends beside FA3 and FlashMLA, in one process on the same tensors.
+"""Paged and latent decode on one GPU: octavo beside FA3 and FlashMLA, in one process on the same tensors.
 
     PYTHONPATH=. python3 benchmarks/decode.py [--out results.json]
 
-One query token a sequence, bf16, a random block table. GB/s count each key and value (or latent) byte once; "of the
-copy" is against a device-to-device copy measured in the same run (read + write). All are checked against the fp32
-reference on the first sequence. `--ragged` draws the lengths between 1 and the context instead.
+One query token a sequence, bf16, a random block table; ragged rows have lengths log-uniform in 64 … 32768. GB/s count
+each key and value (or latent) byte once; "of the copy" is against a device-to-device copy measured in the same run
+(read + write). Times are those of CUDA graph replays, and in brackets of calls from Python. All are checked against
+the fp32 reference on the first sequence; `octavo fp8` and `octavo int8` read the same keys and values quantised with
+one scale a head, so their error is that of the quantisation.
 """
 
 import argparse
-import importlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +20,21 @@ import torch
 import triton
 from triton.testing import do_bench
 
+from octavo.kernels.reference.cache import quantise
 from octavo.kernels.reference.mla_decode import mla_decode as reference_mla
 from octavo.kernels.reference.paged_attention import paged_attention as reference_paged
 from octavo.kernels.spec import AttentionSpec, AttentionTensors
+from octavo.ops import dispatch
 
-OURS = ("triton", "hopper")
-HEAD_DIM, LATENT, ROPE, MLA_PAGE = 128, 512, 64, 64
-#       batch, context, Hq, Hkv
+HEAD_DIM, LATENT, ROPE = 128, 512, 64
+RAGGED = (64, 32768)  # shortest and longest of log-uniform lengths
+QUANTISED = {"octavo fp8": (torch.float8_e4m3fn, 448.0), "octavo int8": (torch.int8, 127.0)}
+#       batch, context (0: ragged), Hq, Hkv
 PAGED = [(128, 4096, 32, 8), (64, 8192, 32, 8), (16, 32768, 32, 8), (1, 131072, 32, 8), (256, 1024, 32, 8),
-         (128, 4096, 32, 32), (32, 1024, 32, 8)]  # fmt: skip
+         (128, 4096, 32, 32), (32, 1024, 32, 8), (128, 0, 32, 8)]  # fmt: skip
 #       batch, context, heads
-MLA = [(128, 4096, 16), (128, 4096, 64), (128, 4096, 128), (32, 8192, 128), (1, 32768, 128), (32, 1024, 16)]
+MLA = [(128, 4096, 16), (128, 4096, 64), (128, 4096, 128), (32, 8192, 128), (1, 32768, 128), (32, 1024, 16),
+       (128, 0, 16), (128, 0, 128)]  # fmt: skip
 
 
 def seconds(fn: Callable[[], object]) -> float:
@@ -41,38 +47,67 @@ def seconds(fn: Callable[[], object]) -> float:
     return do_bench(graph.replay, warmup=25, rep=100, return_mode="median") * 1e-3
 
 
+def eager_seconds(fn: Callable[[], object], calls: int = 200) -> float:
+    """Seconds from call to call out of Python, without waiting in between: the host's time where that is larger."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        fn()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
 def copy_gb_per_s() -> float:
     x = torch.randn(2**29, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.nbytes / (do_bench(lambda: y.copy_(x), return_mode="median") * 1e-3) / 1e9
 
 
-def lengths_of(batch: int, context: int, ragged: bool) -> torch.Tensor:
-    if ragged:
-        return torch.randint(1, context + 1, (batch,), dtype=torch.int32, device="cuda")
-    return torch.full((batch,), context, dtype=torch.int32, device="cuda")
+def lengths_of(batch: int, context: int) -> torch.Tensor:
+    """(batch,) int32 on the GPU: all `context`, or log-uniform where that is 0."""
+    if context:
+        return torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    low, high = RAGGED
+    exponent = torch.rand(batch, generator=torch.Generator().manual_seed(0))
+    return (low * (high / low) ** exponent).int().cuda()
 
 
-def tensors_of(batch: int, context: int, page: int, seqused: torch.Tensor) -> tuple[AttentionTensors, int]:
-    """The call's tensors over a random table, and the number of blocks."""
-    per_sequence = -(-context // page)
-    table = torch.randperm(batch * per_sequence, device="cuda", dtype=torch.int32).view(batch, -1)
+def tensors_of(page: int, seqused: torch.Tensor) -> tuple[AttentionTensors, int]:
+    """The call's tensors over a random table, and the number of blocks; unused entries of the table are absurd."""
+    counts = -(-seqused.cpu() // page)
+    batch, blocks = len(counts), int(counts.sum())
+    table = torch.full((batch, int(counts.max())), 2**31 - 1, dtype=torch.int32)
+    used = torch.arange(table.shape[1]) < counts[:, None]
+    table[used] = torch.randperm(blocks, dtype=torch.int32)
     cu = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    t = AttentionTensors(cu_seqlens_q=cu, max_seqlen_q=1, max_seqlen_k=context, block_table=table, seqused_k=seqused)
-    return t, batch * per_sequence
+    longest = int(seqused.max())
+    return AttentionTensors(
+        cu_seqlens_q=cu, max_seqlen_q=1, max_seqlen_k=longest, block_table=table.cuda(), seqused_k=seqused
+    ), blocks  # fmt: skip
 
 
-def first_sequence(t: AttentionTensors) -> AttentionTensors:
-    return replace(t, cu_seqlens_q=t.cu_seqlens_q[:2], block_table=t.block_table[:1], seqused_k=t.seqused_k[:1])
+def first_sequence(t: AttentionTensors) -> tuple[AttentionTensors, torch.Tensor]:
+    """The first sequence alone, over a cache of the pages it uses, and those pages."""
+    table = t.block_table[0]
+    used = table[table != 2**31 - 1].long()
+    alone = torch.arange(len(used), dtype=torch.int32, device="cuda")[None]
+    return replace(t, cu_seqlens_q=t.cu_seqlens_q[:2], block_table=alone, seqused_k=t.seqused_k[:1]), used
 
 
-def ours(backend: str, op: str, *arguments: object) -> Callable[[], torch.Tensor]:
-    """Our kernel as a call without arguments; a refusal is an error that says why."""
-    module = importlib.import_module(f"octavo.kernels.{backend}.{op}")
-    reason = getattr(module, f"refuses_{op}")(*arguments)
-    if reason:
-        raise ValueError(reason)
-    return lambda: getattr(module, op)(*arguments)[0]
+def ours(op: str, *arguments: object, backend: str | None = None) -> Callable[[], torch.Tensor]:
+    """The kernel that octavo chooses, or that of one backend, as a call without arguments."""
+    choice = dispatch.choose(op, torch.device("cuda"), arguments, backend)
+    return lambda: choice.kernel(*arguments)[0]
+
+
+def quantised(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, t: AttentionTensors, name: str
+) -> Callable[[], torch.Tensor]:
+    """The paged call over the same cache in fp8 or int8; the scale of a head makes its largest number just fit."""
+    dtype, largest = QUANTISED[name]
+    scales = [x.abs().amax((0, 1, 3)).float() / largest for x in (k, v)]
+    k, v = (quantise(x, scale, dtype) for x, scale in zip((k, v), scales, strict=True))
+    return ours("paged_attention", q, k, v, spec, replace(t, k_scale=scales[0], v_scale=scales[1]), 0)
 
 
 def fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: AttentionTensors) -> Callable[[], torch.Tensor]:
@@ -100,98 +135,95 @@ def flash_mla(q: torch.Tensor, cache: torch.Tensor, t: AttentionTensors, scale: 
     return call
 
 
-def measure(case: dict, name: str, make: Callable, reference: torch.Tensor, nbytes: float, flops: float) -> dict:
-    """One candidate on one case, or the reason why not."""
-    row = {**case, "name": name}
-    try:
-        call = make()
-        row["error"] = ((call()[:1].float() - reference).norm() / reference.norm()).item()
-        elapsed = seconds(call)
-        row |= {"microseconds": elapsed * 1e6, "gb_per_s": nbytes / elapsed / 1e9, "tflops": flops / elapsed / 1e12}
-    except Exception as error:  # a peer that is absent or refuses is a row that says so
-        row["why"] = f"{type(error).__name__}: {error}"[:200]
-    return row
+def measure(
+    case: dict, makers: dict[str, Callable], reference: torch.Tensor, nbytes: float, flops: float
+) -> list[dict]:
+    """A row for every candidate on one case: its time and error, or the reason why it has none."""
+    rows = []
+    for name, make in makers.items():
+        row = {**case, "name": name}
+        try:
+            call = make()
+            row["error"] = ((call()[:1].float() - reference).norm() / reference.norm()).item()
+            elapsed = seconds(call)
+            row |= {"microseconds": elapsed * 1e6, "tflops": flops / elapsed / 1e12}
+            row["gb_per_s"] = nbytes / (2 if name in QUANTISED else 1) / elapsed / 1e9
+            row["eager_microseconds"] = eager_seconds(call) * 1e6
+        except Exception as error:  # a peer that is absent or refuses is a row that says so
+            row["why"] = f"{type(error).__name__}: {error}"[:200]
+        rows.append(row)
+    return rows
 
 
-def paged_rows(batch: int, context: int, heads: int, kv_heads: int, page: int, ragged: bool) -> list[dict]:
-    t, blocks = tensors_of(batch, context, page, lengths_of(batch, context, ragged))
+def paged_rows(batch: int, context: int, heads: int, kv_heads: int, page: int) -> list[dict]:
+    t, blocks = tensors_of(page, lengths_of(batch, context))
     k, v = (torch.randn(blocks, page, kv_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     q = torch.randn(batch, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     spec = AttentionSpec(HEAD_DIM**-0.5, window_right=0)
-    one = first_sequence(t)
-    used = one.block_table[0].long()
-    one = replace(one, block_table=torch.arange(len(used), dtype=torch.int32, device="cuda")[None])
+    one, used = first_sequence(t)
     reference = reference_paged(q[:1].float(), k[used].float(), v[used].float(), spec, one)[0]
     tokens = int(t.seqused_k.sum())
     nbytes, flops = 4.0 * tokens * kv_heads * HEAD_DIM, 4.0 * tokens * heads * HEAD_DIM
-    case = {
-        "op": "paged",
-        "batch": batch,
-        "context": context,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "page": page,
-        "ragged": ragged,
-    }
-    makers = {name: lambda name=name: ours(name, "paged_attention", q, k, v, spec, t, 0) for name in OURS}
-    makers["fa3"] = lambda: fa3(q, k, v, t)
-    return [measure(case, name, make, reference, nbytes, flops) for name, make in makers.items()]
+    case = {"op": "paged", "batch": batch, "context": context, "heads": heads, "kv_heads": kv_heads, "page": page}
+    makers: dict[str, Callable] = {"fa3": lambda: fa3(q, k, v, t)}
+    makers["octavo"] = lambda: ours("paged_attention", q, k, v, spec, t, 0)
+    makers |= {name: lambda name=name: quantised(q, k, v, spec, t, name) for name in QUANTISED}
+    return measure(case, makers, reference, nbytes, flops)
 
 
-def mla_rows(batch: int, context: int, heads: int, ragged: bool) -> list[dict]:
-    t, blocks = tensors_of(batch, context, MLA_PAGE, lengths_of(batch, context, ragged))
-    cache = torch.randn(blocks, MLA_PAGE, LATENT + ROPE, device="cuda", dtype=torch.bfloat16)
+def mla_rows(batch: int, context: int, heads: int, page: int) -> list[dict]:
+    t, blocks = tensors_of(page, lengths_of(batch, context))
+    cache = torch.randn(blocks, page, LATENT + ROPE, device="cuda", dtype=torch.bfloat16)
     q = torch.randn(batch, heads, LATENT + ROPE, device="cuda", dtype=torch.bfloat16)
     spec = AttentionSpec((128 + ROPE) ** -0.5, window_right=0)
-    used = t.block_table[0].long()
-    one = replace(first_sequence(t), block_table=torch.arange(len(used), dtype=torch.int32, device="cuda")[None])
+    one, used = first_sequence(t)
     reference = reference_mla(q[:1].float(), cache[used].float(), LATENT, spec, one)[0]
     tokens = int(t.seqused_k.sum())
     nbytes, flops = 2.0 * tokens * (LATENT + ROPE), 2.0 * tokens * heads * (2 * LATENT + ROPE)
-    case = {"op": "mla", "batch": batch, "context": context, "heads": heads, "page": MLA_PAGE, "ragged": ragged}
-    makers = {name: lambda name=name: ours(name, "mla_decode", q, cache, LATENT, spec, t, 0) for name in OURS}
-    makers["flash_mla"] = lambda: flash_mla(q, cache, t, spec.softmax_scale)
-    return [measure(case, name, make, reference, nbytes, flops) for name, make in makers.items()]
+    case = {"op": "mla", "batch": batch, "context": context, "heads": heads, "kv_heads": 1, "page": page}
+    makers: dict[str, Callable] = {"flash_mla": lambda: flash_mla(q, cache, t, spec.softmax_scale)}
+    makers["octavo"] = lambda: ours("mla_decode", q, cache, LATENT, spec, t, 0)
+    return measure(case, makers, reference, nbytes, flops)
 
 
 def summarise(rows: list[dict], ceiling: float) -> list[str]:
-    """One line a case: ours, the peer, the ratio, the share of the copy's bandwidth."""
+    """One line for each candidate of ours: time, rates, ratio to the peer, share of the copy's bandwidth, error."""
     lines = []
+    peer: dict = {}
     for row in rows:
-        if row["name"] not in OURS or "why" in row:
-            continue
-        same = lambda r, row=row: all(r[k] == row[k] for k in ("op", "batch", "context", "heads", "page", "ragged"))  # noqa: E731
-        peer = [r for r in rows if r["name"] not in OURS and same(r) and r.get("kv_heads") == row.get("kv_heads")]
-        beside = (
-            f"{row['gb_per_s'] / peer[0]['gb_per_s']:.2f} of {peer[0]['name']} {peer[0]['gb_per_s']:.0f}"
-            if peer and "why" not in peer[0]
-            else "no peer"
-        )
-        lines.append(
-            f"{row['op']} B={row['batch']} ctx={row['context']} heads={row['heads']}/{row.get('kv_heads', 1)} "
-            f"page={row['page']}: {row['name']} {row['microseconds']:.1f} us, {row['gb_per_s']:.0f} GB/s, "
-            f"{row['tflops']:.0f} TFLOP/s, {beside}, {row['gb_per_s'] / ceiling:.0%} of the copy"
-        )
+        if "octavo" not in row["name"]:
+            peer = row
+        heads = f"{row['heads']}/{row['kv_heads']}"
+        case = f"{row['op']} B={row['batch']} ctx={row['context'] or 'ragged'} {heads} page {row['page']}"
+        if "why" in row:
+            lines.append(f"{case}: {row['name']}: {row['why']}")
+        elif row is not peer:
+            ratio = f"{peer['microseconds'] / row['microseconds']:.2f}" if "microseconds" in peer else "no"
+            lines.append(
+                f"{case}: {row['name']} {row['microseconds']:.1f} us (eager {row['eager_microseconds']:.1f}), "
+                f"{row['gb_per_s']:.0f} GB/s, {row['tflops']:.0f} TFLOP/s, {ratio} of {peer['name']} "
+                f"{peer.get('microseconds', 0):.1f} us, {row['gb_per_s'] / ceiling:.0%} of the copy, "
+                f"error {row['error']:.1e}"
+            )
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pages", default="16,256")
-    parser.add_argument("--ragged", action="store_true")
+    parser.add_argument("--pages", default="16,256", help="of keys and values")
+    parser.add_argument("--latent-pages", default="64", help="of latents")
     parser.add_argument("--out", type=Path, help="JSON file for every row")
     args = parser.parse_args()
     ceiling = copy_gb_per_s()
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
     print(f"{machine}; copy {ceiling:.0f} GB/s")
     rows: list[dict] = []
-    for case in PAGED:
-        for page in map(int, args.pages.split(",")):
-            rows += paged_rows(*case, page, args.ragged)
-    for mla_case in MLA:
-        rows += mla_rows(*mla_case, args.ragged)
-    print("\n".join(f"{r['op']} {r['name']}: {r['why']}" for r in rows if "why" in r and r["name"] != "hopper"))
-    print("\n".join(summarise(rows, ceiling)))
+    for cases, pages, run in ((MLA, args.latent_pages, mla_rows), (PAGED, args.pages, paged_rows)):
+        for case in cases:
+            for page in map(int, pages.split(",")):
+                measured = run(*case, page)
+                print("\n".join(summarise(measured, ceiling)), flush=True)
+                rows += measured
     if args.out:
         args.out.write_text(json.dumps({"machine": machine, "copy_gb_per_s": ceiling, "rows": rows}, indent=1))
 

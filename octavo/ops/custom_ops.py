@@ -26,6 +26,8 @@ _TENSOR_OPTIONS = (
     "alibi_slopes",
     "learnable_sink",
     "attn_bias",
+    "k_scale",
+    "v_scale",
 )
 _DIFFERENTIABLE_OPTIONS = ("qv", "learnable_sink", "attn_bias")
 _OPTIONS_SCHEMA = (
@@ -104,13 +106,22 @@ def mla_decode(
     return cast(tuple[Tensor, Tensor], dispatch.run("mla_decode", q.device, arguments, backend))
 
 
-def store_kv_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """Writes k and v into the caches, in place and without gradient."""
+    arguments = (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     if _traced(k):
-        _store_kv_cache_op(k, v, k_cache, v_cache, slot_mapping)
+        _store_kv_cache_op(*arguments)
     else:
         with torch.no_grad():
-            dispatch.run("store_kv_cache", k.device, (k, v, k_cache, v_cache, slot_mapping))
+            dispatch.run("store_kv_cache", k.device, arguments)
 
 
 def store_latent_cache(latent: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -308,8 +319,16 @@ _mla_decode_op.register_autograd(_no_backward)
 
 
 @torch.library.custom_op("octavo::store_kv_cache", mutates_args=("k_cache", "v_cache"))
-def _store_kv_cache_op(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    dispatch.run("store_kv_cache", k.device, (k, v, k_cache, v_cache, slot_mapping))
+def _store_kv_cache_op(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    dispatch.run("store_kv_cache", k.device, (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale))
 
 
 @torch.library.custom_op("octavo::store_latent_cache", mutates_args=("kv_cache",))
@@ -318,7 +337,15 @@ def _store_latent_cache_op(latent: Tensor, kv_cache: Tensor, slot_mapping: Tenso
 
 
 @_store_kv_cache_op.register_fake
-def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def _(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     return None
 
 

@@ -199,7 +199,7 @@ def test_exports_with_dynamic_shapes():
 
 def test_custom_ops_keep_torchs_rules():
     q, k, v = tensors((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8), grad=True)
-    options = [None] * 11 + [5, 7, 0.3, -1, 0, 0.0, 0.0, False, None]
+    options = [None] * (len(custom_ops._TENSOR_OPTIONS) + 1) + [5, 7, 0.3, -1, 0, 0.0, 0.0, False, None]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     assert torch.library.opcheck(custom_ops._flash_fwd_op, (q, k, v, *options), test_utils=tests)
     cache = torch.zeros(3, 4, 2, 8)

@@ -3,12 +3,30 @@
 from octavo.kernels.spec import Tensor
 
 
-def refuses_store_kv_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> str | None:
+def refuses_store_kv_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> str | None:
     """Why the indexed copy cannot take this call, or None."""
+    if k_scale is not None or v_scale is not None:
+        return "it does not quantise"
     return _refuses(k_cache) or _refuses(v_cache)
 
 
-def store_kv_cache(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """k (T, Hkv, D) and v (T, Hkv, Dv) to slots (T,) int64; a negative slot is skipped."""
     kept = slot_mapping >= 0
     if not kept.all():

@@ -16,6 +16,8 @@ def refuses_paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> str | None:
     """Why the gathered form cannot take this call, or None."""
+    if t.k_scale is not None:
+        return "it takes no quantised cache"
     return refuses_flash_fwd(q, k_cache, v_cache, spec, t)
 
 

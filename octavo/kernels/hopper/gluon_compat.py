@@ -50,6 +50,14 @@ def barrier_sync_if(condition, index, THREADS: gl.constexpr):
 
 
 @gluon.jit
+def launch_dependents(x):
+    """Let the next kernel of the stream start where there is room, if it was launched so; x is any scalar."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def finish_before_next_wait(x):
     """Return x (fp32, at least 0), computed before whatever waits next.
 

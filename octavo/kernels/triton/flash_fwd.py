@@ -45,6 +45,13 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def lacks_fp8(cache: Tensor) -> str | None:
+    """Why the GPU cannot convert this quantised cache, or None."""
+    if cache.dtype == torch.float8_e4m3fn and cache.is_cuda and capability(cache.device) < (8, 9):
+        return f"fp8 needs compute capability 8.9, {cache.device} has {capability(cache.device)}"
+    return None
+
+
 @functools.cache
 def num_processors(device: torch.device) -> int:
     if device.type != "cuda":

@@ -205,18 +205,10 @@ def combine_kernel(
 
 
 @triton.jit
-def _rows_dot(weight, x, n, rows, width, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows n of weight (rows, width), times x (width,); a tile ahead is in flight."""
-    k = tl.arange(0, BLOCK_K)
-    from_w = weight + tl.where(n < rows, n, 0).to(tl.int64)[:, None] * width + k[None, :]
-    tile = tl.load(from_w, mask=(k < width)[None, :], other=0.0)
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for k0 in range(0, width, BLOCK_K):
-        following = tl.load(from_w + k0 + BLOCK_K, mask=(k < width - k0 - BLOCK_K)[None, :], other=0.0)
-        value = tl.load(x + k0 + k, mask=k < width - k0, other=0.0).to(tl.float32)
-        acc += tile.to(tl.float32) * value[None, :]
-        tile = following
-    return tl.sum(acc, 1)
+def _weight_tile(weight, first_row, n, k, rows, width):
+    """Rows first_row + n, columns k of weight (…, width), 0 outside of n < rows, k < width."""
+    at = weight + (first_row + n)[:, None] * width + k[None, :]
+    return tl.load(at, mask=(n < rows)[:, None] & (k < width)[None, :], other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -224,18 +216,29 @@ def pair_gate_up_kernel(
     x, weight, experts, out, width, hidden, stride_x,
     TOP_K: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One pair, BLOCK_N columns of act(gate)·up; out (pairs, hidden)."""
+    """One pair, BLOCK_N columns of act(gate)·up; out (pairs, hidden). The next tiles load while two are multiplied."""
     pair = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    expert = tl.load(experts + pair).to(tl.int64)
+    gate_row = tl.load(experts + pair).to(tl.int64) * 2 * hidden
+    up_row = gate_row + hidden
     row = x + pair // TOP_K * stride_x
-    gate_weight = weight + expert * 2 * hidden * width
-    gate = _rows_dot(gate_weight, row, n, hidden, width, BLOCK_N, BLOCK_K)
-    up = _rows_dot(gate_weight + hidden.to(tl.int64) * width, row, n, hidden, width, BLOCK_N, BLOCK_K)
-    value = activate(gate, KIND) * up
+    gate_tile = _weight_tile(weight, gate_row, n, k, hidden, width)
+    up_tile = _weight_tile(weight, up_row, n, k, hidden, width)
+    gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for k0 in range(0, width, BLOCK_K):
+        value = tl.load(row + k0 + k, mask=k0 + k < width, other=0.0).to(tl.float32)[None, :]
+        next_gate_tile = _weight_tile(weight, gate_row, n, k0 + BLOCK_K + k, hidden, width)
+        next_up_tile = _weight_tile(weight, up_row, n, k0 + BLOCK_K + k, hidden, width)
+        gate += gate_tile.to(tl.float32) * value
+        up += up_tile.to(tl.float32) * value
+        gate_tile = next_gate_tile
+        up_tile = next_up_tile
+    value = activate(tl.sum(gate, 1), KIND) * tl.sum(up, 1)
     tl.store(out + pair * hidden + n, value.to(out.dtype.element_ty), mask=n < hidden)
 
 
@@ -244,21 +247,32 @@ def pair_down_kernel(
     x, weight, weights, experts, shared, out, width, rows, stride_s,
     TOP_K: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One token, BLOCK_N columns of Σ_j weights_j · W_j·x_j (+ shared); x (T, TOP_K, width), out (T, rows)."""
+    """One token, BLOCK_N columns of Σ_j weights_j · W_j·x_j (+ shared); x (T, TOP_K, width), out (T, rows).
+
+    One loop over the tiles of all its experts, so that the next tile loads across their borders, too."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N,), tl.float32)
+    k = tl.arange(0, BLOCK_K)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    for j in range(TOP_K):
-        pair = token * TOP_K + j
-        expert = tl.load(experts + pair).to(tl.int64)
-        y = _rows_dot(weight + expert * rows * width, x + pair * width, n, rows, width, BLOCK_N, BLOCK_K)
-        acc += tl.load(weights + pair) * y.to(out.dtype.element_ty).to(tl.float32)
+    first_pair = token * TOP_K
+    tile = _weight_tile(weight, tl.load(experts + first_pair).to(tl.int64) * rows, n, k, rows, width)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    steps = tl.cdiv(width, BLOCK_K)
+    for step in range(0, steps * TOP_K):
+        pair = first_pair + step // steps
+        at = step % steps * BLOCK_K + k
+        value = tl.load(x + pair * width + at, mask=at < width, other=0.0).to(tl.float32) * tl.load(weights + pair)
+        following = tl.minimum(step + 1, steps * TOP_K - 1)
+        expert = tl.load(experts + first_pair + following // steps).to(tl.int64)
+        next_tile = _weight_tile(weight, expert * rows, n, following % steps * BLOCK_K + k, rows, width)
+        acc += tile.to(tl.float32) * value[None, :]
+        tile = next_tile
+    y = tl.sum(acc, 1)
     if shared is not None:
-        acc += tl.load(shared + token * stride_s + n, mask=n < rows, other=0.0).to(tl.float32)
-    tl.store(out + token * rows + n, acc.to(out.dtype.element_ty), mask=n < rows)
+        y += tl.load(shared + token * stride_s + n, mask=n < rows, other=0.0).to(tl.float32)
+    tl.store(out + token * rows + n, y.to(out.dtype.element_ty), mask=n < rows)
 
 
 MOST_PAIRS = 48  # computed each on its own; beyond, experts shared by tokens make sorting pay

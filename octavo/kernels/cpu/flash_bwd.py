@@ -1,4 +1,5 @@
-"""Gradients of attention on the CPU: torch's fused kernel where it fits the call, our own tiles elsewhere.
+"""Gradients of attention on the CPU: the compiled kernel of `dense_backward.py` for large calls, torch's fused kernel
+where it fits a small one, our own tiles elsewhere.
 
 Probabilities are recomputed tile by tile from the LSE, as in "FlashAttention" (Dao et al., 2022), so memory is O(S).
 The reference backward (`kernels/reference/flash_bwd.py`) spells out the formulas.
@@ -6,7 +7,7 @@ The reference backward (`kernels/reference/flash_bwd.py`) spells out the formula
 
 import torch
 
-from octavo.kernels.cpu import sdpa
+from octavo.kernels.cpu import dense_backward, sdpa
 from octavo.kernels.cpu.flash_fwd import is_whole
 from octavo.kernels.cpu.sequences import LOG2_E, Tile, key_tiles, row_tiles, sequences
 from octavo.kernels.cpu.tiled_scores import KEYS_PER_TILE, HeadChunk, by_head, compute_dtype, head_chunks, rows_per_tile
@@ -40,6 +41,11 @@ def flash_bwd(
     dlse: Tensor | None = None,
 ) -> Gradients:
     """Gradients in the dtypes of their tensors; every sum runs in a fixed order, so repeats give the same bits."""
+    if dense_backward.takes(q, k, v, spec, t):
+        delta = _row_shift(dout, out, dlse, torch.float32).transpose(-1, -2)
+        grads = dense_backward.backward(dout, q, k, v, delta, softmax_lse, spec, t)
+        sink = t.learnable_sink
+        return Gradients(*grads, None, None if sink is None else _sink_gradient(sink, softmax_lse, delta))
     by_torch = dlse is None and sdpa.takes_options(q, k, v, spec, t)
     if by_torch and is_whole(t) and q.shape[0] and sdpa.takes_lengths(spec, q.shape[1], k.shape[1]):
         return Gradients(*sdpa.backward(dout, q, k, v, out, softmax_lse, spec))
@@ -49,10 +55,7 @@ def flash_bwd(
     dqv, dsink, dbias = (
         None if x is None else torch.zeros(x.shape, dtype=dtype) for x in (t.qv, t.learnable_sink, bias)
     )
-    # δ − dL, (…, Sq, Hq): what each row's dP is shifted by
-    delta = (dout.to(dtype) * out.to(dtype)).sum(dim=-1)
-    if dlse is not None:
-        delta = delta - dlse.to(dtype).transpose(-1, -2)
+    delta = _row_shift(dout, out, dlse, dtype)
     for sequence in sequences(q, k, t):
         if by_torch and sdpa.takes_lengths(spec, sequence.num_rows, sequence.num_keys):
             rows = (x[sequence.rows][None] for x in (dout, q, out))
@@ -81,6 +84,19 @@ def flash_bwd(
         None if dsink is None or t.learnable_sink is None else dsink.to(t.learnable_sink.dtype),
         None if dbias is None or bias is None else dbias.to(bias.dtype),
     )
+
+
+def _row_shift(dout: Tensor, out: Tensor, dlse: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """δ − dL, (…, Sq, Hq): what each row's dP is shifted by."""
+    delta = (dout.to(dtype) * out.to(dtype)).sum(dim=-1)
+    return delta if dlse is None else delta - dlse.to(dtype).transpose(-1, -2)
+
+
+def _sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """−Σ exp(sink − LSE) · δ over batch and rows, (Hq,): a sink is a key whose value is 0."""
+    weights = torch.exp(sink.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0)
+    shift = delta.masked_fill(lse == -torch.inf, 0)  # rows of no sequence may hold anything
+    return -(weights * shift).sum(dim=(0, 2) if lse.dim() == 3 else 1).to(sink.dtype)
 
 
 class _ChunkBackward:

@@ -1,14 +1,14 @@
 """Attention on the CPU: the fastest of three ways that takes the call.
 
-Large masked calls go to the compiled kernel of `paged_attention.py`, dense rows being pages; plain ones to torch's
-fused kernel; all the rest to our own tiles of matmuls with online softmax. Every way the scores exist only tile by
-tile, so memory is O(S). The own tiles take every option; they fold the query heads of a key/value head into rows, so
-that grouped heads are never expanded, and never compute what the mask hides.
+Large calls go to the compiled kernel of `dense_forward.py`; small plain ones to torch's fused kernel, which needs no
+compiling; all the rest to our own tiles of matmuls with online softmax. Every way the scores exist only tile by tile,
+so memory is O(S). The own tiles take every option; they fold the query heads of a key/value head into rows, so that
+grouped heads are never expanded, and never compute what the mask hides.
 """
 
 import torch
 
-from octavo.kernels.cpu import dense_in_place, sdpa
+from octavo.kernels.cpu import dense_calls, dense_forward, sdpa
 from octavo.kernels.cpu.sequences import Tile, key_tiles, row_tiles, sequences
 from octavo.kernels.cpu.tiled_scores import (
     KEYS_PER_TILE,
@@ -32,12 +32,9 @@ def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: A
 
 def plan_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> dict[str, object]:
     """What this kernel would do with the call, for `octavo.explain`."""
-    if dense_in_place.takes(q, k, v, spec, t):
-        return {
-            "algorithm": "the compiled kernel of cpu.paged_attention",
-            "tile": "48 rows × 64 keys",
-            "splits": "by work",
-        }
+    if dense_calls.takes(q, k, v, spec, t):
+        tile = f"{dense_calls.ROWS} rows × {dense_calls.KEYS} keys"
+        return {"algorithm": "the compiled kernel of cpu.dense_forward", "tile": tile, "splits": 1}
     by_torch = sdpa.takes_options(q, k, v, spec, t)
     if by_torch and is_whole(t) and sdpa.takes_lengths(spec, q.shape[1], k.shape[1]):
         return {"algorithm": "torch's fused CPU attention", "tile": "torch's", "splits": 1}
@@ -48,8 +45,8 @@ def plan_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: Atte
 
 def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
     """`(out, softmax_lse)` as `kernels/spec.py` defines them."""
-    if dense_in_place.takes(q, k, v, spec, t):
-        return dense_in_place.forward(q, k, v, spec, t)
+    if dense_calls.takes(q, k, v, spec, t):
+        return dense_forward.forward(q, k, v, spec, t)
     by_torch = sdpa.takes_options(q, k, v, spec, t)
     if by_torch and is_whole(t) and q.shape[0] and sdpa.takes_lengths(spec, q.shape[1], k.shape[1]):
         return sdpa.forward(q, k, v, spec)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.kernels.cpu import dense_in_place, flash_bwd, flash_fwd, tiled_scores
+from octavo.kernels.cpu import dense_calls, flash_bwd, flash_fwd, tiled_scores
 from octavo.kernels.reference.flash_bwd import flash_bwd as reference_bwd
 from octavo.kernels.reference.flash_fwd import flash_fwd as reference_fwd
 from octavo.kernels.spec import AttentionSpec, AttentionTensors
@@ -109,7 +109,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{"window_right": 0}, {"softcap": 5.0}])
 def test_memory_does_not_grow_with_the_square(options, monkeypatch):
-    monkeypatch.setattr(dense_in_place, "WORTH_COMPILING", 1 << 62)
+    monkeypatch.setattr(dense_calls, "WORTH_COMPILING", 1 << 62)
     seqlen = 4099
     q, k, v = (torch.randn(1, seqlen, 2, 16) for _ in range(3))
     spec, t = AttentionSpec(0.25, **options), AttentionTensors(max_seqlen_q=seqlen, max_seqlen_k=seqlen)

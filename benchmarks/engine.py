@@ -36,7 +36,7 @@ def make_single() -> Workload:
 class Octavo:
     """Our engine, with a clock around what a step does on the host."""
 
-    def __init__(self, directory: str, max_num_seqs: int) -> None:
+    def __init__(self, directory: str, max_num_seqs: int, kv_cache_memory: int | None) -> None:
         from octavo import LLM
 
         self.llm = LLM(
@@ -46,6 +46,7 @@ class Octavo:
             max_model_len=4096,
             max_num_seqs=max_num_seqs,
             enable_prefix_caching=False,
+            kv_cache_memory=kv_cache_memory,
             device="cuda",
         )
         self._watch()
@@ -148,7 +149,7 @@ def read_timeline(path: Path) -> dict[str, Any]:
 class VLLM:
     """vLLM, as ANCHORS measured it."""
 
-    def __init__(self, directory: str, max_num_seqs: int) -> None:
+    def __init__(self, directory: str, max_num_seqs: int, kv_cache_memory: int | None) -> None:
         from vllm import LLM
 
         self.llm = LLM(
@@ -158,6 +159,7 @@ class VLLM:
             max_model_len=4096,
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=0.9,
+            kv_cache_memory_bytes=kv_cache_memory,
             enable_prefix_caching=False,
         )
 
@@ -189,7 +191,7 @@ def time_to_first_token(engine: Octavo | VLLM, length: int) -> float:
 def measure(engine_class: type[Octavo] | type[VLLM], arguments: argparse.Namespace) -> dict[str, Any]:
     workload, single = make_workload(arguments.seqs), make_single()
     start = time.perf_counter()
-    engine = engine_class(arguments.directory, arguments.seqs)
+    engine = engine_class(arguments.directory, arguments.seqs, arguments.kv_cache_memory)
     result: dict[str, Any] = {"engine": engine_class.__name__.lower(), "model": Path(arguments.directory).name}
     result["start_s"] = round(time.perf_counter() - start, 2)
     result["first_generation_s"] = round(seconds_of(engine, [(workload[0][0], 8)], 0.6), 3)
@@ -231,6 +233,7 @@ def main() -> None:
     parser.add_argument("--engine", nargs="+", choices=["octavo", "vllm"], default=["octavo"])
     parser.add_argument("--seqs", type=int, default=256)
     parser.add_argument("--batches", type=int, choices=[1, 2], default=2, help="how often to run the batch")
+    parser.add_argument("--kv-cache-memory", type=int, help="bytes; default what is free")
     parser.add_argument("--profile", help="where to write a timeline")
     parser.add_argument("--json")
     arguments = parser.parse_args()

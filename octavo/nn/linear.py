@@ -93,7 +93,9 @@ class Linear(nn.Linear):
     ) -> Tensor:
         rows = x.flatten(0, -2)
         flat_residual = None if residual is None else residual.flatten(0, -2)
-        if rows.shape[0] <= MOST_ROWS:
+        # the kernel's matrix instructions would lose precision in other dtypes
+        most_rows = MOST_ROWS if rows.dtype == torch.bfloat16 else 1
+        if rows.shape[0] <= most_rows:
             input_norm = None if norm is None else InputNorm(norm.weight, norm.eps, norm.unit_offset)
             y = ops.linear_small_batch(
                 rows,

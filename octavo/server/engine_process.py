@@ -14,6 +14,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from octavo.engine.llm_engine import LLMEngine
 from octavo.engine.options import EngineOptions
@@ -44,6 +46,7 @@ from octavo.server.messages import (
 logger = logging.getLogger(__name__)
 
 RECEIVE = 1 << 20  # bytes at a time
+COMPILE_POLL = 0.002  # seconds between looks at the thread that compiles grammars, while nothing else is to be done
 MAX_FAILED_STEPS = 3  # in a row; a device that has failed so often does not come back without a new process
 
 
@@ -59,16 +62,16 @@ class Channel:
     def send(self, message: FromEngine) -> None:
         self._socket.sendall(frame(message))
 
-    def receive(self, wait: bool) -> Iterator[ToEngine]:
-        """What has come; with `wait`, at least one message or the end."""
-        while self._bodies or self._read(wait):
+    def receive(self, patience: float | None) -> Iterator[ToEngine]:
+        """What has come. If nothing has, waits so many seconds for it; None: until a message or the end comes."""
+        while self._bodies or self._read(patience):
             while self._bodies:
-                wait = False
+                patience = 0
                 yield decode_to_engine(self._bodies.popleft())
 
-    def _read(self, wait: bool) -> bool:
+    def _read(self, patience: float | None) -> bool:
         """Reads what is there, after waiting for it if need be; False if there is nothing, or nothing more to come."""
-        if self.closed or not select.select([self._socket], [], [], None if wait else 0)[0]:
+        if self.closed or not select.select([self._socket], [], [], patience)[0]:
             return False
         data = self._socket.recv(RECEIVE)
         self.closed = not data
@@ -85,23 +88,31 @@ class EngineProcess:
         self._observer = Observer(engine.scheduler)
         self._num_steps = 0
         self._num_failed_steps = 0
+        self._compiler = ThreadPoolExecutor(1, "octavo-grammars")
+        self._compiling: dict[str, tuple[Add, SamplingParams, Future[Any]]] = {}
 
     def run(self) -> None:
         """Until told to stop, or the other end is gone. Raises RuntimeError when steps only fail."""
         engine, channel = self.engine, self.channel
         while not channel.closed:
-            for message in channel.receive(wait=not engine.has_unfinished()):
+            for message in channel.receive(self._patience()):
                 if isinstance(message, Stop):
                     return
                 self._obey(message)
+            self._add_compiled()
             if engine.has_unfinished():
                 self._step()
+
+    def _patience(self) -> float | None:
+        if self.engine.has_unfinished():
+            return 0
+        return COMPILE_POLL if self._compiling else None
 
     def _step(self) -> None:
         outputs = self.engine.step()
         self._num_steps += 1
         self._send([_news(output) for output in outputs])
-        if any(o.finish_reason == "error" for output in outputs for o in output.outputs):
+        if any(o.finish_reason == "error" and o.stop_reason is None for output in outputs for o in output.outputs):
             self._num_failed_steps += 1
             if self._num_failed_steps == MAX_FAILED_STEPS:
                 raise RuntimeError(f"{MAX_FAILED_STEPS} steps in a row have failed; the log above holds the reasons")
@@ -112,6 +123,8 @@ class EngineProcess:
         if isinstance(message, Add):
             self._add(message)
         elif isinstance(message, Abort):
+            for name in message.request_ids:
+                self._compiling.pop(name, None)
             outputs = [output for name in message.request_ids if (output := self.engine.abort(name))]
             self._send([_news(output) for output in outputs])
         else:
@@ -119,11 +132,32 @@ class EngineProcess:
             self.channel.send(Answer(message.number, self._answer(message)))
 
     def _add(self, message: Add) -> None:
+        """Adds a request; one that asks for a form, when another thread has compiled that."""
         try:
+            params = SamplingParams.from_dict(message.params)
+        except ValueError as error:
+            self.channel.send(Refused(message.request_id, str(error)))
+            return
+        if params.structured_outputs is None:
+            self._add_ready(message, params)
+        else:
+            job = self._compiler.submit(self.engine.compile_grammar, params)
+            self._compiling[message.request_id] = message, params, job
+
+    def _add_compiled(self) -> None:
+        for message, params, job in [*self._compiling.values()] if self._compiling else ():
+            if job.done():
+                del self._compiling[message.request_id]
+                self._add_ready(message, params, job)
+
+    def _add_ready(self, message: Add, params: SamplingParams, job: "Future[Any] | None" = None) -> None:
+        try:
+            if job is not None:
+                job.result()
             self.engine.add_request(
                 message.request_id,
                 message.prompt_token_ids,
-                SamplingParams.from_dict(message.params),
+                params,
                 priority=message.priority,
                 cache_salt=message.cache_salt,
                 stream=message.stream,
@@ -177,7 +211,7 @@ def _piece(o: CompletionOutput) -> Piece:
 
 def _load(channel: Channel) -> LLMEngine | None:
     """The engine that the first message asks for; None when it cannot be, which has been said then."""
-    for message in channel.receive(wait=True):
+    for message in channel.receive(None):
         assert isinstance(message, Load)
         try:
             options = EngineOptions.from_dict(message.options)
@@ -185,9 +219,27 @@ def _load(channel: Channel) -> LLMEngine | None:
         except (ValueError, OSError, ImportError) as error:
             channel.send(Unable(str(error)))
             return None
+        _warm_up(engine)
         channel.send(_ready(engine))
         return engine
     return None
+
+
+def _warm_up(engine: LLMEngine) -> None:
+    """Computes a prompt and some tokens, so that what is compiled or allocated on first use is there before the first
+    user is. Leaves nothing behind. Raises RuntimeError when the model does not run."""
+    length = min(8, engine.config.max_model_len - 4)
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        params = SamplingParams(temperature=temperature, max_tokens=3, ignore_eos=True, detokenize=False)
+        engine.add_request(name, [0] * max(length, 1), params, cache_salt="warm-up")
+    while engine.has_unfinished():
+        for output in engine.step():
+            if output.outputs[0].finish_reason == "error":
+                raise RuntimeError("the model fails at its first step; the log above holds the reason")
+    engine.scheduler.blocks.forget_prefixes()
+    engine.num_generated_tokens = 0
+    if (cache := engine.scheduler.blocks.prefix_cache) is not None:
+        cache.num_queried_tokens = cache.num_hit_tokens = 0
 
 
 def _ready(engine: LLMEngine) -> Ready:

@@ -85,6 +85,15 @@ def server(tiny_model_dir):
         yield here
 
 
+@pytest.fixture(scope="session")
+def default_server():
+    """The default model, for the few tests that need sense in its answers."""
+    from octavo.models import default_model_path
+
+    with running(default_model_path(), {"block_size": 16, "kv_cache_memory": 64 << 20}, shutdown_timeout=1) as here:
+        yield here
+
+
 @pytest.fixture
 def serve(tiny_model_dir):
     """`serve(options, **settings)`: a server of one's own."""

@@ -1,4 +1,5 @@
-"""The page in real Chromium, beside a server that answers by script, so that each test decides when a word comes.
+"""The page in real Chromium, beside a server that answers by script, so that each test decides when a word comes; and
+once beside the real one.
 
 After every test the browser's console must be empty: no script error, no refused policy, no missing file.
 """
@@ -7,17 +8,14 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
-
-import octavo
-
-pytest.importorskip("selenium", reason="drives the browser: pip install selenium starlette uvicorn")
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
@@ -29,7 +27,8 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from uvicorn import Config, Server
 
-PAGE = Path(octavo.__file__).parent / "server" / "page"
+from octavo.server.app import PAGE, POLICY
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_chromium = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver: scripts/fetch_chromium"
@@ -45,10 +44,6 @@ FLAGS = [
     "--disable-sync",
     "--disable-dev-shm-usage",
 ]
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 BLOCK_SIZE = 16
 FREE, CACHED, SHARED, TAIL, FIRST_OWNER = range(5)
 
@@ -227,20 +222,53 @@ def server():
     return ScriptedServer()
 
 
-@pytest.fixture
-def page(chromium, server):
+@contextlib.contextmanager
+def opened(chromium, address, *expected_errors):
+    """The page at `address`, ready. Afterwards the console must hold nothing but the expected errors."""
     page = Page(chromium)
+    page.expected_errors = expected_errors
     page.resize(1280, 800)
     page.emulate(prefers_color_scheme="light")
-    with serving(server) as address:
-        page.address = address
-        chromium.get(address)
-        page.wait(lambda: page.text("#connection") == "live" or page.find("#key-form").is_displayed(), "it is ready")
-        yield page
-        console = page.console()
-        chromium.execute_script("sessionStorage.clear()")
-        chromium.get("about:blank")
+    page.address = address
+    chromium.get(address)
+    page.wait(lambda: page.text("#connection") == "live" or page.find("#key-form").is_displayed(), "it is ready")
+    yield page
+    console = page.console()
+    chromium.execute_script("sessionStorage.clear()")
+    chromium.get("about:blank")
     assert console == []
+
+
+@pytest.fixture
+def page(chromium, server):
+    with serving(server) as address, opened(chromium, address) as page:
+        yield page
+
+
+# ---- the real server -----------------------------------------------------------------------------------------------
+
+
+@needs_chromium
+@pytest.mark.real_model
+def test_beside_the_real_server_the_map_moves_while_the_model_speaks(chromium, default_server):
+    with opened(chromium, default_server.url, "v1/stats") as page:  # refused while the engine is dead
+        page.wait(lambda: page.counts().get("free", 0) > 0, "the map is there")
+        before = page.counts()
+        assert page.text("#model") == default_server.service.model_names[0]
+        page.say("Name the colours of the rainbow.")
+        page.wait(lambda: page.counts()["last of a sequence"] == 1, "the map has moved")
+        page.wait_for_answer()
+        question, answer = page.bodies()
+        assert question == "Name the colours of the rainbow."
+        assert "red" in answer.lower()
+        page.wait(lambda: page.counts()["cached"] > before["cached"], "the beginning is kept")
+        page.wait(lambda: page.counts()["last of a sequence"] == 0, "the rest is free")
+        os.kill(default_server.service.engine.pid, signal.SIGKILL)
+        page.wait(lambda: "lost" in page.text("#connection"), "the loss is shown")
+        page.wait(lambda: page.text("#connection") == "live", "the new engine is followed")
+        page.say("Say hello.")
+        page.wait_for_answer()
+        assert page.bodies()[-1]
 
 
 # ---- the conversation ----------------------------------------------------------------------------------------------

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from octavo import ops
 from octavo.engine.beam_search import num_continuations
 from octavo.engine.logit_rules import PenaltyTable, TokenRules, apply_bitmask
 from octavo.engine.outputs import Logprob
 from octavo.engine.request import Request
 from octavo.engine.request import Sequence as SequenceState
-from octavo.engine.sampling_math import argmax, derive_seed, sample_distribution, sample_truncated, uniforms
+from octavo.engine.sampling_math import argmax, derive_seed, sample_softmax, sample_truncated, uniforms
 from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
 from octavo.engine.step import ScheduledSequence, TopLogprobs
+from octavo.engine.transfer import to_device
 
 Tensor = torch.Tensor
 
@@ -85,6 +87,7 @@ class _RandomRows:
     plain: Tensor
     top_k: Tensor  # of the truncated
     top_p: Tensor
+    device_parameters: dict[str, Tensor] | None  # on a GPU, of all rows of the batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,28 +191,16 @@ class Sampler:
         random = batch.random
         if random is None:
             return argmax(logits)
+        if random.device_parameters is not None:
+            positions = _num_sampled_tokens(batch.sequences)
+            return ops.sample_on_device(
+                logits, **random.device_parameters, positions=to_device(positions, self._device)
+            )
         if random.everyone:
-            return self._draw_random(logits, random, batch.sequences)
+            return _draw_random(logits, random, batch.sequences)
         tokens = argmax(logits)
         sequences = [batch.sequences[row] for row in random.rows]
-        tokens[random.rows_tensor] = self._draw_random(logits[random.rows_tensor], random, sequences)
-        return tokens
-
-    def _draw_random(self, logits: Tensor, random: _RandomRows, sequences: list[SequenceState]) -> Tensor:
-        positions = np.fromiter([seq.num_sampled_tokens for seq in sequences], np.int64, len(sequences))
-        uniform = torch.from_numpy(uniforms(random.seeds, positions)).to(self._device)
-        logits = logits / random.temperature
-        if random.log_min_p is not None:
-            logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + random.log_min_p, float("-inf"))
-        if not len(random.truncated):
-            return sample_distribution(logits.softmax(-1), uniform)
-        if not len(random.plain):
-            return sample_truncated(logits, random.top_k, random.top_p, uniform)
-        tokens = torch.empty(len(logits), dtype=torch.int64, device=self._device)
-        rows = random.plain
-        tokens[rows] = sample_distribution(logits[rows].softmax(-1), uniform[rows])
-        rows = random.truncated
-        tokens[rows] = sample_truncated(logits[rows], random.top_k, random.top_p, uniform[rows])
+        tokens[random.rows_tensor] = _draw_random(logits[random.rows_tensor], random, sequences)
         return tokens
 
     # ---- when the batch changes ----------------------------------------------------------------------------------
@@ -300,7 +291,7 @@ class Sampler:
             log_min_p = np.log(min_p).astype(np.float32)
 
         def put(array: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(array).to(self._device)
+            return to_device(array, self._device)
 
         return _RandomRows(
             rows=rows,
@@ -313,7 +304,20 @@ class Sampler:
             plain=put(np.flatnonzero(~truncates)),
             top_k=put(top_k[truncates]),
             top_p=put(top_p[truncates]),
+            device_parameters=None if self._device.type == "cpu" else self._device_parameters(slots),
         )
+
+    def _device_parameters(self, slots: list[_Slot]) -> dict[str, Tensor]:
+        """All rows', as `ops.sample_on_device` takes them."""
+        numbers = np.array([slot.numbers for slot in slots])
+        columns = {
+            "temperature": numbers[:, _TEMPERATURE].astype(np.float32),
+            "top_k": numbers[:, _TOP_K].astype(np.int32),
+            "top_p": numbers[:, _TOP_P].astype(np.float32),
+            "min_p": numbers[:, _MIN_P].astype(np.float32),
+            "seeds": np.array([slot.seed for slot in slots], dtype=np.uint64).view(np.int64),
+        }
+        return {name: to_device(column, self._device) for name, column in columns.items()}
 
     # ---- log probabilities ---------------------------------------------------------------------------------------
 
@@ -322,6 +326,28 @@ class Sampler:
         if any(wish.temperature != 1 for wish in wishes):
             rows = rows / torch.tensor([[wish.temperature] for wish in wishes], device=self._device)
         return list(zip(wishes, rows.log_softmax(-1), strict=True))
+
+
+def _num_sampled_tokens(sequences: list[SequenceState]) -> NDArray[np.int64]:
+    return np.fromiter([seq.num_sampled_tokens for seq in sequences], np.int64, len(sequences))
+
+
+def _draw_random(logits: Tensor, random: _RandomRows, sequences: list[SequenceState]) -> Tensor:
+    """On the CPU; overwrites logits where there is a min_p."""
+    positions = _num_sampled_tokens(sequences)
+    if random.log_min_p is not None:
+        least = logits.amax(-1, keepdim=True) + random.temperature * random.log_min_p
+        logits.masked_fill_(logits < least, float("-inf"))
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    if len(rows := random.plain):
+        those = logits if len(rows) == len(logits) else logits[rows]
+        at = rows.numpy()
+        tokens[rows] = sample_softmax(those, random.temperature[rows], random.seeds[at], positions[at])
+    if len(rows := random.truncated):
+        those = logits if len(rows) == len(logits) else logits[rows]
+        uniform = torch.from_numpy(uniforms(random.seeds, positions))[rows]
+        tokens[rows] = sample_truncated(those, random.temperature[rows], random.top_k, random.top_p, uniform)
+    return tokens
 
 
 def top_logprobs(logprobs: Tensor, token_id: int, count: int) -> tuple[float, TopLogprobs]:

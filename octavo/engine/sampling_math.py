@@ -1,11 +1,13 @@
-"""The arithmetic of drawing tokens, on whole batches: noise, top-k, nucleus and inverse-CDF sampling.
+"""The arithmetic of drawing tokens on a CPU, on whole batches: noise, softmax by rejection, top-k and nucleus.
 
-A draw needs one uniform number per token, taken from a counter-based hash of (seed, candidate, position). So a
-request's tokens depend on nothing but its own seed and logits: not on its neighbours, on preemption, or on the order of
-the batch (a shared generator, or one with state, would give that up). The number then picks a token from the cumulative
-distribution; noise for every vocabulary entry (Gumbel, exponential) would cost 30 times as much on a CPU.
+A draw needs a few uniform numbers, taken from a counter-based hash of (seed, candidate, position). So a request's
+tokens depend on nothing but its own seed and logits: not on its neighbours, on preemption, or on the order of the batch
+(a shared generator, or one with state, would give that up).
 
-Nothing here sorts a vocabulary unless it must: truncation looks at the largest 64 entries, then 1024, then all.
+Nothing here exponentiates or sorts a vocabulary unless it must. Drawing from the whole softmax reads the logits once,
+for the largest of every 16, proposes tokens by those and rejects to the exact distribution. Truncation looks at the
+largest 64 entries; a wider nucleus takes the entries above a threshold, and sorts these. (On a GPU
+`octavo.ops.sample_on_device` serves instead.)
 """
 
 import numpy as np
@@ -15,7 +17,11 @@ from numpy.typing import NDArray
 Tensor = torch.Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_NUCLEUS_WIDTHS = (64, 1024)  # a 64-token nucleus is the usual case; the full sort costs 50 times as much
+_GROUP = 16  # entries behind one maximum, in strides of V / 16
+_PROPOSALS = 32  # at a time: one in 16 or more is accepted
+_SMALL_VOCABULARY = 8192  # where the exponentials of all entries cost less than proposals
+_MOST_PROPOSALS = 1024
+_NUCLEUS_WIDTH = 64  # the usual nucleus has fewer entries; the full sort costs 50 times as much
 
 
 def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -37,11 +43,64 @@ def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray
     return (mix64(state + _GOLDEN) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def _proposals(
+    seeds: NDArray[np.uint64], positions: NDArray[np.int64], first: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two numbers in [0, 1) for each (seed, position) and attempt first, first + 1, …: (N, _PROPOSALS) each; none of
+    them is one of `uniforms`."""
+    state = mix64(seeds + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    attempts = np.arange(first, first + _PROPOSALS, dtype=np.uint64)
+    counters = np.stack((2 * attempts + 2, 2 * attempts + 3))
+    bits = mix64(state[:, None] + counters[:, None, :] * _GOLDEN) >> np.uint64(11)
+    one, other = bits.astype(np.float64) * 2.0**-53
+    return one, other
+
+
 def argmax(logits: Tensor) -> Tensor:
     """(N, V) → (N,) int64. NumPy's is 13 times as fast as torch's on one CPU core."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
+
+
+def sample_softmax(
+    logits: Tensor, temperature: Tensor, seeds: NDArray[np.uint64], positions: NDArray[np.int64]
+) -> Tensor:
+    """Draws from softmax(logits / temperature), logits (N, V) fp32, temperature (N, 1).
+
+    Rejection (von Neumann 1951): a group of 16 entries is proposed by the weight of its largest, one of its entries
+    evenly, which is accepted with the ratio of its weight to the group's largest. A row without luck in 1024 attempts
+    is drawn by inverse CDF.
+    """
+    n, vocab = logits.shape
+    if vocab <= _SMALL_VOCABULARY:
+        return sample_distribution((logits / temperature).softmax(-1), torch.from_numpy(uniforms(seeds, positions)))
+    groups = -(-vocab // _GROUP)
+    if vocab != groups * _GROUP:
+        logits = torch.nn.functional.pad(logits, (0, groups * _GROUP - vocab), value=float("-inf"))
+    best = logits.view(n, _GROUP, groups).amax(1)
+    scaled = (best - best.amax(-1, keepdim=True)) / temperature
+    cumulative = scaled.exp().double().cumsum(-1)
+    tokens = torch.empty(n, dtype=torch.int64)
+    rows = torch.arange(n)
+    for first in range(0, _MOST_PROPOSALS, _PROPOSALS):
+        to_group, to_entry = _proposals(seeds[rows.numpy()], positions[rows.numpy()], first)
+        weights = cumulative if first == 0 else cumulative[rows]
+        group = _invert(weights, torch.from_numpy(to_group) * weights[:, -1:])
+        entry = torch.from_numpy(to_entry) * _GROUP
+        member = entry.floor()
+        token = member.long() * groups + group
+        below = (logits[rows[:, None], token] - best[rows[:, None], group]) / temperature[rows]
+        accepted = entry - member < below.double().exp()
+        found = accepted.any(1)
+        first_accepted = accepted.long().argmax(1, keepdim=True)
+        tokens[rows[found]] = token.gather(1, first_accepted).squeeze(1)[found]
+        rows = rows[~found]
+        if not len(rows):
+            return tokens
+    uniform = torch.from_numpy(uniforms(seeds[rows.numpy()], positions[rows.numpy()]))
+    tokens[rows] = sample_distribution((logits[rows] / temperature[rows]).softmax(-1), uniform).clamp_(max=vocab - 1)
+    return tokens
 
 
 def sample_distribution(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -92,44 +151,57 @@ def top_entries(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices.gather(1, order)
 
 
-def sample_truncated(logits: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
-    """Draws from the nucleus `top_p` (N,) of the `top_k` (N,) likeliest entries of `logits` (N, V), temperature
-    applied.
+def sample_truncated(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    """Draws from the nucleus `top_p` (N,) of the `top_k` (N,) likeliest entries of logits (N, V) / temperature (N, 1).
 
     The nucleus is the shortest run of the likeliest entries whose renormalised probability reaches top_p (Holtzman et
     al. 2020); the first entry always belongs to it. top_k must be in [1, V].
     """
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    rows = torch.arange(len(logits), device=logits.device)
     vocab = logits.shape[1]
     limited = top_k[top_k < vocab]
-    widest_k = int(limited.max()) if len(limited) else 0
-    for width in (*(w for w in _NUCLEUS_WIDTHS if w < vocab), vocab):
-        if width < widest_k and width < vocab:
-            continue
-        drawn, enough = _sample_from_top(logits, top_k, top_p, uniform, width)
-        tokens[rows[enough]] = drawn[enough]
-        if bool(enough.all()):
-            break
-        missing = ~enough
-        rows, logits, top_k, top_p, uniform = (t[missing] for t in (rows, logits, top_k, top_p, uniform))
+    width = min(max(_NUCLEUS_WIDTH, int(limited.max()) if len(limited) else 0), vocab)
+    values, ids = top_entries(logits, width)
+    inside_k = torch.arange(width) < top_k[:, None]
+    weights = ((values - values[:, :1]) / temperature).exp().double() * inside_k
+    through = weights.cumsum(-1)
+    mass = through[:, -1].clone()
+    partly = torch.nonzero(top_k > width).squeeze(1).tolist()  # rows whose mass is not all in these entries
+    wide = {}
+    buffer = np.empty(vocab, dtype=np.float32)
+    for row in partly:
+        _exponentials(logits[row].numpy(), float(values[row, 0]), float(temperature[row]), buffer)
+        mass[row] = total = float(buffer.sum())
+        if float(through[row, -1]) < float(top_p[row]) * total:
+            lightest = float(weights[row, -1])
+            wide[row] = _pick_wide(buffer, lightest, float(top_p[row]) * total, float(uniform[row]))
+    through = (weights * (through - weights < (top_p.double() * mass)[:, None])).cumsum(-1)
+    index = _invert(through, uniform[:, None] * through[:, -1:])
+    tokens = ids.gather(1, index).squeeze(1)
+    if wide:
+        tokens[list(wide)] = torch.tensor(list(wide.values()))
     return tokens
 
 
-def _sample_from_top(
-    logits: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
-    """One attempt with `width` candidates; the second result says for which rows they were enough."""
-    values, ids = top_entries(logits, width)
-    inside_k = torch.arange(width, device=logits.device) < top_k[:, None]
-    weights = (values - values[:, :1]).exp().double() * inside_k
-    through = weights.cumsum(-1)
-    complete = top_k <= width
-    mass = through[:, -1]
-    if not bool(complete.all()):
-        mass = torch.where(complete, mass, (logits.logsumexp(-1) - values[:, 0]).double().exp())
-    wanted = (top_p.double() * mass)[:, None]
-    enough = complete | (through[:, -1] >= wanted[:, 0])
-    through = (weights * (through - weights < wanted)).cumsum(-1)
-    index = _invert(through, uniform[:, None] * through[:, -1:])
-    return ids.gather(1, index).squeeze(1), enough
+def _exponentials(logits: NDArray[np.float32], top: float, temperature: float, out: NDArray[np.float32]) -> None:
+    """exp((logits − top) / temperature) of one row, which stays in the L2 cache meanwhile; a batch would not."""
+    np.subtract(logits, np.float32(top), out=out)
+    if temperature != 1:
+        np.multiply(out, np.float32(1 / temperature), out=out)
+    np.exp(out, out=out)
+
+
+def _pick_wide(weights: NDArray[np.float32], lightest: float, wanted: float, uniform: float) -> int:
+    """A token of one row (V,), of the heaviest before which less than `wanted` lies, which needs some lighter than
+    `lightest`: ever lighter ones are gathered until they are enough."""
+    while True:
+        lightest = lightest / 8 if lightest > 1e-30 else 0.0
+        ids = np.flatnonzero(weights >= lightest)
+        kept = weights[ids].astype(np.float64)
+        if lightest == 0.0 or kept.sum() >= wanted:
+            break
+    order = np.argsort(-kept, kind="stable")
+    through = kept[order].cumsum()
+    size = int(np.searchsorted(through, wanted)) + 1  # the first of them reaches it
+    through = through[:size]
+    drawn = min(int(np.searchsorted(through, uniform * through[-1], side="right")), len(through) - 1)
+    return int(ids[order[drawn]])

@@ -11,6 +11,7 @@ from octavo.engine.sampling_math import (
     argmax,
     derive_seed,
     sample_distribution,
+    sample_softmax,
     sample_truncated,
     top_entries,
     uniforms,
@@ -87,6 +88,44 @@ def test_whole_distribution(vocab):
     assert_follows(sample_distribution(probs.expand(DRAWS, -1), draws()), probs)
 
 
+@pytest.mark.parametrize("spread", [0.0, 2.0, 6.0])
+@pytest.mark.parametrize("vocab", [8193, 16384])
+def test_softmax_by_rejection(vocab, spread):
+    """Tokens are put in ten classes by their rank, since most of 16384 are drawn once or never."""
+    logits = logits_of(vocab, spread)
+    rows = 4000
+    seeds, positions = np.full(rows, 5, dtype=np.uint64), np.arange(rows)
+    tokens = sample_softmax(logits.expand(rows, -1), torch.full((rows, 1), 0.7), seeds, positions)
+    probs = (logits.double() / 0.7).softmax(-1)
+    order = probs.argsort(descending=True)
+    classes = torch.empty(vocab, dtype=torch.int64)
+    classes[order] = (probs[order].cumsum(-1) * 10).long().clamp(max=9)
+    assert_follows(classes[tokens], torch.zeros(10, dtype=torch.float64).index_add(0, classes, probs))
+
+
+def test_softmax_of_a_row_that_rejects_nearly_all():
+    """Groups of 16 with one likely entry each, and one row of nothing but -inf and a token."""
+    logits = torch.full((3, 10000), -40.0)
+    logits[0, ::625] = 0.0
+    logits[1] = float("-inf")
+    logits[1, 9999] = -3.0
+    seeds = np.zeros(3, dtype=np.uint64)
+    for position in range(20):
+        tokens = sample_softmax(logits, torch.ones(3, 1), seeds, np.full(3, position)).tolist()
+        assert tokens[0] % 625 == 0
+        assert tokens[1] == 9999
+
+
+def test_a_row_s_proposals_do_not_depend_on_its_neighbours():
+    logits = torch.randn(5, 9000) * 3
+    seeds, positions = np.arange(5, dtype=np.uint64), np.arange(5)
+    together = sample_softmax(logits, torch.ones(5, 1), seeds, positions)
+    alone = [
+        sample_softmax(logits[i : i + 1], torch.ones(1, 1), seeds[i : i + 1], positions[i : i + 1]) for i in range(5)
+    ]
+    assert together.tolist() == [int(x) for x in alone]
+
+
 def test_zero_probability_is_never_drawn_even_at_the_ends():
     probs = torch.zeros(4, 130)
     probs[:, 77] = 1e-30
@@ -100,7 +139,11 @@ def test_zero_probability_is_never_drawn_even_at_the_ends():
 def test_truncated_distribution(top_k, top_p):
     logits = logits_of(300, 2.0)
     tokens = sample_truncated(
-        logits.expand(DRAWS, -1), torch.full((DRAWS,), top_k), torch.full((DRAWS,), top_p), draws()
+        logits.expand(DRAWS, -1),
+        torch.ones(DRAWS, 1),
+        torch.full((DRAWS,), top_k),
+        torch.full((DRAWS,), top_p),
+        draws(),
     )
     assert_follows(tokens, truncated_probs(logits, top_k, top_p))
 
@@ -115,7 +158,9 @@ def test_a_nucleus_wider_than_the_first_attempts():
     peaked[5:8] = torch.tensor([1.0, 0.5, 0.0])
     logits = torch.stack([flat, peaked] * (rows // 2))
     uniform = draws()[:rows]
-    tokens = sample_truncated(logits, torch.full((rows,), vocab), torch.full((rows,), 0.9), uniform)
+    tokens = sample_truncated(
+        logits, torch.ones(rows, 1), torch.full((rows,), vocab), torch.full((rows,), 0.9), uniform
+    )
     assert_follows(tokens[0::2], truncated_probs(flat, vocab, 0.9))
     assert_follows(tokens[1::2], truncated_probs(peaked, vocab, 0.9))
 

@@ -24,7 +24,7 @@ class EngineOptions(FromDict):
     max_model_len: longest prompt and output together, in tokens; None is the model's context.
     block_size: tokens in a block of the cache.
     kv_cache_memory: bytes of the cache. None takes kv_cache_memory_fraction of what is free on the device after loading
-    (by default 0.9 of a GPU's, 0.25 of the host's).
+    (by default 0.9 of a GPU's, less what steps and graphs take there, which is measured; 0.25 of the host's).
     max_num_seqs, max_num_batched_tokens: most sequences and most new tokens in a step; the latter is 512 on a CPU and
     8192 on a GPU by default (at least max_num_seqs).
     enable_prefix_caching: reuse the blocks of equal prompt beginnings.

@@ -310,7 +310,7 @@ class Sampler:
     def _device_parameters(self, slots: list[_Slot]) -> dict[str, Tensor]:
         """All rows', as `ops.sample_on_device` takes them."""
         numbers = np.array([slot.numbers for slot in slots])
-        columns = {
+        columns: dict[str, NDArray[np.generic]] = {
             "temperature": numbers[:, _TEMPERATURE].astype(np.float32),
             "top_k": numbers[:, _TOP_K].astype(np.int32),
             "top_p": numbers[:, _TOP_P].astype(np.float32),

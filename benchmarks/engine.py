@@ -2,7 +2,9 @@
 
     python benchmarks/engine.py benchmarks/configs/qwen3-0.6b [--engine octavo vllm] [--seqs 256] [--json out.json]
 
-Random weights from a config.json. 256 requests of 100 to 1024 prompt tokens and 100 to 1024 output tokens (seed 0),
+Random weights from a config.json, drawn as vLLM's load_format="dummy" draws them (uniform within ±0.001, norms too), so
+that both engines do the same work: a mixture of experts routes almost all tokens to the same few experts then, and most
+expert weights are never read. `--weights normal` (std 0.02, norms 1) routes to all. 256 requests of 100 to 1024 prompt tokens and 100 to 1024 output tokens (seed 0),
 temperature 0.6, no end token, no prefix cache; twice, since the first run may still compile. Then one request of 128
 tokens in, 256 out, greedy. `--profile FILE` adds the share of the time in which the GPU is busy, over 100 steps of the
 batch, from torch's profiler, the kernels that take it, and a timeline that Perfetto and chrome://tracing show.
@@ -36,19 +38,25 @@ def make_single() -> Workload:
 class Octavo:
     """Our engine, with a clock around what a step does on the host."""
 
-    def __init__(self, directory: str, max_num_seqs: int, kv_cache_memory: int | None) -> None:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        import torch
+
         from octavo import LLM
 
         self.llm = LLM(
-            directory,
+            arguments.directory,
             load_format="dummy",
             skip_tokenizer_init=True,
             max_model_len=4096,
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=arguments.seqs,
             enable_prefix_caching=False,
-            kv_cache_memory=kv_cache_memory,
+            kv_cache_memory=arguments.kv_cache_memory,
             device="cuda",
         )
+        if arguments.weights == "uniform":
+            with torch.inference_mode():
+                for parameter in self.llm.engine.model.parameters():
+                    parameter.uniform_(-1e-3, 1e-3)
         self._watch()
 
     def _watch(self) -> None:
@@ -149,17 +157,19 @@ def read_timeline(path: Path) -> dict[str, Any]:
 class VLLM:
     """vLLM, as ANCHORS measured it."""
 
-    def __init__(self, directory: str, max_num_seqs: int, kv_cache_memory: int | None) -> None:
+    def __init__(self, arguments: argparse.Namespace) -> None:
         from vllm import LLM
 
+        if arguments.weights != "uniform":
+            raise ValueError("--weights: vLLM's random weights are uniform")
         self.llm = LLM(
-            directory,
+            arguments.directory,
             load_format="dummy",
             skip_tokenizer_init=True,
             max_model_len=4096,
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=arguments.seqs,
             gpu_memory_utilization=0.9,
-            kv_cache_memory_bytes=kv_cache_memory,
+            kv_cache_memory_bytes=arguments.kv_cache_memory,
             enable_prefix_caching=False,
         )
 
@@ -191,8 +201,9 @@ def time_to_first_token(engine: Octavo | VLLM, length: int) -> float:
 def measure(engine_class: type[Octavo] | type[VLLM], arguments: argparse.Namespace) -> dict[str, Any]:
     workload, single = make_workload(arguments.seqs), make_single()
     start = time.perf_counter()
-    engine = engine_class(arguments.directory, arguments.seqs, arguments.kv_cache_memory)
+    engine = engine_class(arguments)
     result: dict[str, Any] = {"engine": engine_class.__name__.lower(), "model": Path(arguments.directory).name}
+    result["weights"] = arguments.weights
     result["start_s"] = round(time.perf_counter() - start, 2)
     result["first_generation_s"] = round(seconds_of(engine, [(workload[0][0], 8)], 0.6), 3)
     tokens = sum(length for _, length in workload)
@@ -231,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="holds a config.json")
     parser.add_argument("--engine", nargs="+", choices=["octavo", "vllm"], default=["octavo"])
+    parser.add_argument("--weights", choices=["uniform", "normal"], default="uniform")
     parser.add_argument("--seqs", type=int, default=256)
     parser.add_argument("--batches", type=int, choices=[1, 2], default=2, help="how often to run the batch")
     parser.add_argument("--kv-cache-memory", type=int, help="bytes; default what is free")

@@ -117,14 +117,16 @@ class _Watch:
         self._num_tokens[index] += count
         for piece in news.pieces:
             if piece.finish_reason is not None:
-                self._ended(piece.finish_reason)
+                self._ended(piece.finish_reason, piece.stop_reason)
         if news.finished:
             metrics.e2e_latency.observe(now - self._start)
             metrics.request_generation_tokens.observe(self._num_tokens[index])
         return count
 
-    def _ended(self, reason: str) -> None:
+    def _ended(self, reason: str, cause: int | str | None) -> None:
         self._metrics.finished(reason)
+        if reason == "error" and isinstance(cause, str):  # the request's own fault, such as an endless grammar
+            raise refusal(ValueError(cause))
         if reason == "error":
             raise ApiError(500, "a step of the engine failed; its log holds the reason", code="engine_error")
         if reason == "abort":

@@ -40,6 +40,30 @@ class StreamOptions(Strict, kw_only=True):
     continuous_usage_stats: bool = False
 
 
+class StructuredOutputs(Strict, kw_only=True, omit_defaults=True):
+    """The form of the output: exactly one of these."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class JsonSchema(Strict, kw_only=True):
+    name: str
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict, kw_only=True):
+    """text, json_object (any JSON object) or json_schema (with the schema)."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class SamplingFields(Strict, kw_only=True):
     """What completions and chat share. None, or absent, is the default."""
 
@@ -76,14 +100,33 @@ class SamplingFields(Strict, kw_only=True):
     prompt_logprobs: int | None = None
     priority: int = 0
     cache_salt: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
 
     def sampling(self, defaults: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """Those of SamplingParams' fields that were given, here or by `more`, above the model's defaults."""
-        names = (name for name in self.__struct_fields__ if name in SAMPLING_NAMES - {"logprobs", "logit_bias"})
+        plain = SAMPLING_NAMES - {"logprobs", "logit_bias", "structured_outputs"}
+        names = (name for name in self.__struct_fields__ if name in plain)
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
             given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+        if (form := self.form()) is not None:
+            given["structured_outputs"] = form
         return {**defaults, **given, **{name: value for name, value in more.items() if value is not None}}
+
+    def form(self) -> dict[str, Any] | None:
+        """The form of the output, under StructuredOutputsParams' names; ApiError 400 where it is asked for twice."""
+        asked = self.response_format
+        if asked is None or asked.type == "text":
+            return None if self.structured_outputs is None else msgspec.to_builtins(self.structured_outputs)
+        if self.structured_outputs is not None:
+            raise ApiError(400, "response_format: expected this or structured_outputs", param="response_format")
+        if asked.type == "json_object":
+            return {"json_object": True}
+        if asked.json_schema is None or asked.json_schema.schema is None:
+            field = "response_format.json_schema"
+            raise ApiError(400, f"{field}: expected an object with name and schema", param=field)
+        return {"json": asked.json_schema.schema}
 
 
 def _token_id(key: str) -> int:
@@ -132,8 +175,33 @@ class Message(Strict, kw_only=True):
     function_call: None = None
 
 
+class FunctionDescription(Strict, kw_only=True):
+    """parameters: a JSON schema of the arguments. strict: they satisfy it in every detail, or the call is refused."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict, kw_only=True):
+    function: FunctionDescription
+    type: Literal["function"] = "function"
+
+
+class FunctionName(Strict, kw_only=True):
+    name: str
+
+
+class NamedToolChoice(Strict, kw_only=True):
+    function: FunctionName
+    type: Literal["function"] = "function"
+
+
 class ChatRequest(SamplingFields, kw_only=True):
     messages: list[Message]
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -217,11 +285,17 @@ class ChatLogprobs(Struct):
     content: list[TokenLogprob]
 
 
+class AnswerToolCall(Struct):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
 class AnswerMessage(Struct, omit_defaults=True):
     content: str | None
     role: Literal["assistant"] = field(default_factory=lambda: "assistant")  # a factory: always written
     refusal: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[AnswerToolCall] | None = None
 
 
 class ChatChoice(Struct):
@@ -241,10 +315,24 @@ class ChatCompletion(Struct):
     object: Literal["chat.completion"] = "chat.completion"
 
 
+class FunctionDelta(Struct, omit_defaults=True):
+    arguments: str
+    name: str | None = None
+
+
+class ToolCallDelta(Struct, omit_defaults=True):
+    """The first of a call names it; the others bring more of its arguments."""
+
+    index: int
+    function: FunctionDelta
+    id: str | None = None
+    type: str | None = None
+
+
 class ChatDelta(Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Struct):

@@ -1,6 +1,8 @@
 """Real servers for the tests: the application in a thread here, its engine in a process of its own."""
 
 import contextlib
+import json
+import shutil
 import threading
 import time
 
@@ -91,6 +93,25 @@ def default_server():
     from octavo.models import default_model_path
 
     with running(default_model_path(), {"block_size": 16, "kv_cache_memory": 64 << 20}, shutdown_timeout=1) as here:
+        yield here
+
+
+@pytest.fixture(scope="session")
+def long_model_dir(tiny_model_dir, tmp_path_factory):
+    """The tiny model with a context of 4096: its tokenizer is of bytes, and descriptions of tools are long."""
+    path = tmp_path_factory.mktemp("long") / "tiny-long"
+    shutil.copytree(tiny_model_dir, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def long_server(long_model_dir):
+    """That one, served openly under the name "tiny"."""
+    with running(
+        long_model_dir, {"kv_cache_memory": 16 << 20}, served_model_name=("tiny",), shutdown_timeout=1
+    ) as here:
         yield here
 
 

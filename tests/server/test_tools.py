@@ -1,4 +1,4 @@
-"""Tools: what the model is told, how it is made to call, how calls are read from what it writes; and forms over HTTP."""
+"""Tools: what the model is told, how it is made to call, and how calls are read; forms over HTTP."""
 
 import json
 
@@ -52,7 +52,7 @@ ROME_CALL = json.dumps({"name": "get_weather", "arguments": ROME})
 CLOCK_CALL = '{"arguments": {}, "name": "clock"}'  # the other order
 
 TEXTS = {
-    "hermes": (HERMES, f"Let me see.\n<tool_call>\n{ROME_CALL}\n</tool_call>", "Let me see.\n", [("get_weather", ROME)]),
+    "hermes": (HERMES, f"Look.\n<tool_call>\n{ROME_CALL}\n</tool_call>", "Look.\n", [("get_weather", ROME)]),
     "two calls": (
         HERMES,
         f"<tool_call>{ROME_CALL}</tool_call>\n<tool_call>\n{CLOCK_CALL}\n</tool_call> done",
@@ -61,10 +61,10 @@ TEXTS = {
     ),
     "mistral": (MISTRAL, f"[TOOL_CALLS][{ROME_CALL}, {CLOCK_CALL}]", "", [("get_weather", ROME), ("clock", {})]),
     "llama": (LLAMA, ROME_CALL.replace("arguments", "parameters"), "", [("get_weather", ROME)]),
-    "llama with its tag": (LLAMA, f"<|python_tag|>{ROME_CALL}; {CLOCK_CALL}", "", [("get_weather", ROME), ("clock", {})]),
+    "llama with its tag": (LLAMA, f"<|python_tag|>{CLOCK_CALL}; {CLOCK_CALL}", "", [("clock", {})] * 2),
     "plain text": (HERMES, "a < b, <tool> is no mark", "a < b, <tool> is no mark", []),
     "an unfinished mark": (HERMES, "then <tool_ca", "then <tool_ca", []),
-    "an unknown tool": (HERMES, '<tool_call>{"name": "rm", "arguments": {}}</tool_call>', '{"name": "rm", "arguments": {}}', []),
+    "an unknown tool": (HERMES, '<tool_call>{"name": "rm"}</tool_call>', '{"name": "rm"}', []),
     "broken JSON": (HERMES, '<tool_call>{"name" "clock"}</tool_call>', '{"name" "clock"}', []),
     "code is text": (HERMES, "__import__('os').system('id')", "__import__('os').system('id')", []),
     "braces in strings": (
@@ -156,8 +156,6 @@ def test_wrong_tools_are_refused(fields, param):
 
 # ---- over HTTP, with a model of random weights, which calls only when it must --------------------------------------
 
-ROOM = {"tools": [WEATHER, CLOCK], "max_tokens": 110, "seed": 1}
-
 
 def calls_of(message):
     return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in message["tool_calls"]]
@@ -167,12 +165,105 @@ def is_weather(arguments):
     return set(arguments) == {"city", "days"} and arguments["city"] in ("Rome", "Oslo") and 1 <= arguments["days"] <= 9
 
 
+def test_a_named_tool_is_called(long_server):
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    answer = long_server.chat(tools=[WEATHER, CLOCK], tool_choice=named, max_tokens=400, n=2, seed=1).json()
+    for choice in answer["choices"]:
+        ((name, arguments),) = calls_of(choice["message"])
+        assert name == "get_weather"
+        assert is_weather(arguments)
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] is None
 
 
-def test_a_named_tool_is_called(server):
-    named = {"type": "function", "function": {"name": "clock"}}
-    answer = server.chat("a", tools=[CLOCK], tool_choice=named, max_tokens=60).json()
-    (choice,) = answer["choices"]
-    assert calls_of(choice["message"]) == [("clock", {})]
-    assert choice["finish_reason"] == "tool_calls"
-    assert choice["message"]["content"] is None
+def test_some_tool_is_called_when_one_is_required(long_server):
+    """Random weights are tempted to call for ever: at most sixteen calls, or the tokens end."""
+    options = {"tools": [WEATHER, CLOCK], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 400}
+    for seed in range(3):
+        (choice,) = long_server.chat(seed=seed, **options).json()["choices"]
+        ((name, arguments),) = calls_of(choice["message"])
+        assert is_weather(arguments) if name == "get_weather" else arguments == {}
+
+
+def test_calls_stream(long_server):
+    options = {"tools": [CLOCK], "tool_choice": "required", "max_tokens": 300, "stream": True}
+    answer = long_server.chat(parallel_tool_calls=False, **options)
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    choices = [choice for event in events[:-1] for choice in json.loads(event)["choices"]]
+    deltas = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+    assert deltas[0]["function"]["name"] == "clock"
+    assert deltas[0]["type"] == "function"
+    assert json.loads("".join(delta["function"]["arguments"] for delta in deltas)) == {}
+    assert choices[-1]["finish_reason"] == "tool_calls"
+    assert not any(choice["delta"].get("content") for choice in choices)
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_nobody_has_to_call(long_server, choice):
+    answer = long_server.chat(tools=[CLOCK], tool_choice=choice, max_tokens=8, ignore_eos=True).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["choices"][0]["message"]["content"]
+
+
+def test_a_conversation_with_calls_and_results_goes_on(long_server):
+    messages = [
+        {"role": "user", "content": "what time is it?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "noon"},
+    ]
+    body = {"messages": messages, "tools": [CLOCK], "max_tokens": 4}
+    assert long_server.post("/v1/chat/completions", body).status_code == 200
+    messages[1]["tool_calls"][0]["function"]["arguments"] = "{"
+    answer = long_server.post("/v1/chat/completions", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[1].tool_calls"
+
+
+PAIR = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "pair", "schema": PAIR, "strict": True}}},
+        {"structured_outputs": {"json": PAIR}},
+        {"structured_outputs": {"regex": r'\{"a": [12]\}'}},
+        {"structured_outputs": {"choice": ['{"a": 1}', '{"a": 2}']}},
+    ],
+)
+def test_the_form_of_an_answer(long_server, fields):
+    for ask in (long_server.chat, long_server.complete):
+        answer = ask("a", max_tokens=90, n=2, seed=2, **fields).json()
+        for choice in answer["choices"]:
+            text = choice["text"] if "text" in choice else choice["message"]["content"]
+            assert json.loads(text) in ({"a": 1}, {"a": 2})
+            assert choice["finish_reason"] == "stop"
+
+
+def test_a_json_object(long_server):
+    answer = long_server.chat(max_tokens=20, response_format={"type": "json_object"}).json()
+    assert answer["choices"][0]["message"]["content"].startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "tools": [CLOCK]}, "response_format"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"type": "integer", "multipleOf": 123456789}}}, "structured_outputs.json"),
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"temprature": 1}, "temprature"),
+    ],
+)
+def test_wrong_forms_are_refused_by_name(long_server, fields, param):
+    answer = long_server.chat(max_tokens=4, **fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param

@@ -270,6 +270,7 @@ class ModelRunner:
             slot_mapping=self._put(self._places(slots[rows], positions)),
             max_seqlen_q=int(counts.max()),
             max_seqlen_k=longest,
+            starts_empty=not starts.any(),
         )
         tokens = self._put(token_ids)
         if self._graphs is not None and (missing := np.flatnonzero(token_ids == _ON_DEVICE)).size:

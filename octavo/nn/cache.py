@@ -194,6 +194,7 @@ class PagedRows:
                 slot_mapping=positions + offsets,
                 max_seqlen_q=max(counts),
                 max_seqlen_k=max(lengths),
+                starts_empty=lengths == counts,
             ),
         )
 

@@ -7,12 +7,13 @@
 Positions cannot ride on c: a rotation between q_h and UK_h would depend on the distance, and UK_h could no longer be
 absorbed into the query. So a few rotary channels stand beside it.
 
-The naive form expands k and v (training). The absorbed form uses q·(UK c) = (UKᵀ q)·c and Σ p UV c = UV (Σ p c): decode
-reads the latents only. Both give the same numbers (tests/nn/test_mla.py).
+The naive form expands k and v: for training, and for prompts that begin with an empty cache, since with DeepSeek's
+sizes a pair of tokens costs it 640 FLOP a head, the absorbed form 2176. The absorbed form uses q·(UK c) = (UKᵀ q)·c
+and Σ p UV c = UV (Σ p c): decode reads the latents only. Both give the same numbers (tests/nn/test_mla.py).
 """
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,8 @@ class MultiHeadLatentAttention(nn.Module):
         norm: RMSNorm | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """Without a cache x (B, S, dim), naive form; with one x (T, dim), a packed batch of new tokens, absorbed form.
+        """Without a cache x (B, S, dim), naive form; with one x (T, dim), a packed batch of new tokens, absorbed form,
+        but naive where `metadata.starts_empty` says that these tokens are all there are.
 
         positions, rotation, norm and residual as in `MultiHeadAttention`. Returns the shape of x.
         """
@@ -114,10 +116,13 @@ class MultiHeadLatentAttention(nn.Module):
             raise ValueError("kv_cache and metadata go together: give both (generation) or neither (training)")
         if rotation is None:
             rotation = self.rope(positions_or_default(x, positions, metadata), metadata)
-        if kv_cache is not None and metadata is not None:
+        if kv_cache is not None and metadata is not None and not (metadata.starts_empty and metadata.max_seqlen_q > 1):
             out = self._attend_cached(x, rotation, kv_cache, metadata)
         else:
-            out = self._naive(*self._queries(x, rotation), *self._latent(x, rotation))
+            latent, k_rope = self._latent(x, rotation)
+            if kv_cache is not None and metadata is not None:
+                kv_cache.store(torch.cat((latent, k_rope), dim=-1), metadata)
+            out = self._naive(*self._queries(x, rotation), latent, k_rope, metadata)
         projected: Tensor = self.o_proj(out.flatten(-2), residual=residual)
         return projected
 
@@ -137,14 +142,19 @@ class MultiHeadLatentAttention(nn.Module):
         latent, k_rope = self.kv_proj(x).split([self.kv_rank, self.rope_head_dim], dim=-1)
         return self.kv_norm(latent), self.rope.rotate(k_rope.unsqueeze(-2), rotation).squeeze(-2)
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
-        """Every head's own keys and values, (B, S, H, v)."""
+    def _naive(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, metadata: AttentionMetadata | None
+    ) -> Tensor:
+        """Every head's own keys and values, (B, S, H, v), or (T, H, v) packed as `metadata` says."""
         kv = self.kv_proj_up(latent).unflatten(-1, (self.n_heads, -1))
         k_nope, v = kv.split([self.nope_head_dim, self.v_head_dim], dim=-1)
         k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
-        out = ops.flash_attn_func(q, k, v, softmax_scale=self.softmax_scale, causal=True, backend=self.backend)
-        return cast(Tensor, out)
+        options: dict[str, Any] = {"softmax_scale": self.softmax_scale, "causal": True, "backend": self.backend}
+        if metadata is None:
+            return cast(Tensor, ops.flash_attn_func(q, k, v, **options))
+        cu_seqlens, longest = metadata.cu_seqlens_q, metadata.max_seqlen_q
+        return cast(Tensor, ops.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options))
 
     def _attend_cached(
         self, x: Tensor, rotation: Rotation, kv_cache: LayerLatentCache, metadata: AttentionMetadata

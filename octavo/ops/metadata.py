@@ -18,3 +18,4 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor  # (T,) int64, block · block_size + offset of each new token; negative: not stored
     max_seqlen_q: int
     max_seqlen_k: int
+    starts_empty: bool = False  # known that no sequence had keys before this step; False is always allowed

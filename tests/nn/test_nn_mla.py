@@ -1,6 +1,7 @@
 """MultiHeadLatentAttention: naive equals absorbed, DeepSeek's checkpoints load, the cache has the size it promises."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
+import octavo
 from octavo.nn import MultiHeadLatentAttention, RotaryEmbedding, make_caches
 
 SIZES = {"nope_head_dim": 12, "rope_head_dim": 8, "v_head_dim": 10}
@@ -38,10 +40,13 @@ def latent_attention(
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("q_rank", [16, None])
 @settings(max_examples=8, deadline=None)
-@given(chunks=st.lists(st.integers(1, 6), min_size=1, max_size=4), block_size=st.integers(1, 5))
+@given(
+    chunks=st.lists(st.integers(1, 6), min_size=1, max_size=4), block_size=st.integers(1, 5), starts_empty=st.booleans()
+)
 def test_absorbed_equals_naive(
-    q_rank: int | None, dtype: torch.dtype, tolerance: float, chunks: list[int], block_size: int
+    q_rank: int | None, dtype: torch.dtype, tolerance: float, chunks: list[int], block_size: int, starts_empty: bool
 ) -> None:
+    """Whether or not the first chunk is told that the cache is empty, which makes it naive."""
     module = latent_attention(q_rank, dtype)
     x = torch.randn(2, sum(chunks), 48, dtype=dtype)
     rows, (cache,) = make_caches(module, 2, sum(chunks), block_size=block_size)
@@ -50,10 +55,22 @@ def test_absorbed_equals_naive(
     with torch.no_grad():
         for part in x.split(chunks, dim=1):
             step = rows.append(part.shape[1])
-            outputs.append(module(part.flatten(0, 1), step.positions, cache, step.metadata).view_as(part))
+            metadata = replace(step.metadata, starts_empty=starts_empty and step.metadata.starts_empty)
+            outputs.append(module(part.flatten(0, 1), step.positions, cache, metadata).view_as(part))
         naive = module(x)
     scale = naive.abs().max()
     assert (torch.cat(outputs, dim=1) - naive).abs().max() <= tolerance * scale
+
+
+def test_a_prompt_is_naive_and_what_follows_absorbed() -> None:
+    module = latent_attention(None)
+    rows, (cache,) = make_caches(module, 2, 16)
+    reached = []
+    for num_new in (5, 3, 1):
+        step = rows.append(num_new)
+        x = torch.randn(2 * num_new, 48, dtype=torch.float64)
+        reached.append(octavo.explain(module, x, step.positions, cache, step.metadata).op)
+    assert reached == ["flash_fwd", "mla_decode", "mla_decode"]
 
 
 def test_naive_form_is_its_equation() -> None:

@@ -6,10 +6,10 @@ Random weights from a config.json, drawn as vLLM's load_format="dummy" draws the
 that both engines do the same work: a mixture of experts routes almost all tokens to the same few experts then, and most
 expert weights are never read. `--weights normal` (std 0.02, norms 1) routes to all.
 
-256 requests of 100 to 1024 prompt tokens and 100 to 1024 output tokens (seed 0), temperature 0.6, no end token, no prefix
-cache; twice, since the first run may still compile. Then one request of 128 tokens in, 256 out, greedy. `--profile FILE`
-adds the share of the time in which the GPU is busy, over 100 steps of the batch, from torch's profiler, the kernels that
-take it, and a timeline that Perfetto and chrome://tracing show.
+256 requests of 100 to 1024 prompt tokens and 100 to 1024 output tokens (seed 0), temperature 0.6, no end token, no
+prefix cache; twice, since the first run may still compile. Then one request of 128 tokens in, 256 out, greedy.
+`--profile FILE` adds the share of the time in which the GPU is busy, over 100 steps of the batch, from torch's
+profiler, the kernels that take it, and a timeline that Perfetto and chrome://tracing show.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
-from octavo.server import chat, completions, observe, protocol, tokens
+from octavo.server import chat, completions, embeddings, observe, protocol, responses, tokens
 from octavo.server.errors import KINDS, ApiError
 from octavo.server.guards import KeyCheck, RequestLog, error_response, json_response, read_json
 from octavo.server.openapi import document
@@ -81,6 +81,16 @@ ENDPOINTS = (
         protocol.Completion,
         statuses=GENERATES,
     ),
+    Endpoint(
+        "POST",
+        "/v1/responses",
+        responses.create_response,
+        responses.ResponseRequest,
+        responses.ResponseObject,
+        responses.ResponseObject,
+        statuses=GENERATES,
+    ),
+    Endpoint("POST", "/v1/embeddings", embeddings.create_embedding, embeddings.EmbeddingRequest),
     Endpoint("GET", "/v1/models", observe.models, answer=protocol.ModelList),
     Endpoint("POST", "/tokenize", tokens.tokenize, protocol.TokenizeRequest, protocol.Tokens),
     Endpoint("POST", "/detokenize", tokens.detokenize, protocol.DetokenizeRequest, protocol.Text),

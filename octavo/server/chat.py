@@ -28,6 +28,7 @@ from octavo.server.protocol import (
     Message,
     ToolCall,
     ToolCallDelta,
+    Usage,
 )
 from octavo.server.service import Service
 from octavo.server.sse import DONE, EventStream, event, unless_gone
@@ -36,6 +37,15 @@ from octavo.server.tools import CallReader, ToolUse, format_of, knows_tools, spe
 
 async def create_chat_completion(service: Service, request: Request, body: ChatRequest) -> Response:
     """Checks everything, then streams or collects."""
+    prompt, use = await check_chat(service, body)
+    answer = ChatAnswer(service, request, body, prompt, use)
+    if body.stream:
+        return EventStream(answer.events(), service.settings.send_timeout)
+    return json_response(await unless_gone(request.receive, answer.whole()))
+
+
+async def check_chat(service: Service, body: ChatRequest) -> tuple[list[int], ToolUse | None]:
+    """The prompt's token ids, and what is asked of tools. ApiError 400 names what is wrong."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: expected logprobs to be true beside it", param="top_logprobs")
     use = tool_use(body)
@@ -43,10 +53,7 @@ async def create_chat_completion(service: Service, request: Request, body: ChatR
         field = "response_format" if body.response_format is not None else "structured_outputs"
         raise ApiError(400, f"{field}: expected none beside tools, unless tool_choice is none", param=field)
     prompt = await chat_prompt(service, body.messages, body.add_generation_prompt, body.chat_template_kwargs, use)
-    writer = _Writer(service, request, body, prompt, use)
-    if body.stream:
-        return EventStream(writer.events(), service.settings.send_timeout)
-    return json_response(await unless_gone(request.receive, writer.whole()))
+    return prompt, use
 
 
 # ---- the prompt ----------------------------------------------------------------------------------------------------
@@ -125,7 +132,7 @@ def _content(field: str, content: str | list[ContentPart] | None) -> str:
 # ---- the answer ----------------------------------------------------------------------------------------------------
 
 
-class _Writer:
+class ChatAnswer:
     """Turns one request's news into answers."""
 
     def __init__(
@@ -146,6 +153,21 @@ class _Writer:
         self._body = body
         self._num_top = num_top or 0
         self._texts = TokenTexts(service.tokenizer) if body.logprobs else None
+
+    @property
+    def model(self) -> str:
+        return self._generation.model
+
+    def usage(self) -> Usage:
+        """So far."""
+        return self._generation.usage()
+
+    async def deltas(self) -> AsyncGenerator[tuple[str, list[ToolCallDelta], str | None], None]:
+        """(content, calls, finish reason) of the one candidate, as they come."""
+        async for _, news in self._generation.news():
+            for piece in news.pieces:
+                content, calls = self._read(piece)
+                yield content, calls, self._ended(piece)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Chunks of a stream: who speaks, then what."""

@@ -120,7 +120,7 @@ class ResponseRequest(Strict, kw_only=True):
 
 
 # fields that a chat has by the same name
-SAME = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "seed", "top_k", "min_p")
+SAME: tuple[str, ...] = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "seed", "top_k", "min_p")
 SAME += ("repetition_penalty", "stop", "priority", "cache_salt", "structured_outputs", "user")
 
 

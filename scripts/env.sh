@@ -34,4 +34,5 @@ octavo_env() {
         printf '%s\n' "$wanted" >"$stamp"
     fi
     "$PY" scripts/fetch_default_model
+    if [ "$extras" = test ]; then scripts/fetch_chromium; fi
 }

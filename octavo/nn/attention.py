@@ -182,7 +182,9 @@ class MultiHeadAttention(nn.Module):
         """Whether norms, rotation and the cache's writes are one kernel here."""
         norms = (self.q_norm, self.k_norm)
         plain = norms == (None, None) or all(isinstance(norm, RMSNorm) for norm in norms)
-        return self.context_dim is None and plain and ops.fuses(x, *self.parameters())
+        # walking the parameters takes longer than a kernel's launch
+        leaves = self.parameters() if torch.is_grad_enabled() else ()
+        return self.context_dim is None and plain and ops.fuses(x, *leaves)
 
     def _rotate_and_store(
         self, qkv: Tensor, rotation: Rotation | None, kv_cache: LayerKVCache, metadata: AttentionMetadata

@@ -165,7 +165,7 @@ class MultiHeadLatentAttention(nn.Module):
         assert isinstance(weight, Tensor), "kv_proj_up is split by head, so loaders leave it unquantised"
         up = weight.view(self.n_heads, -1, self.kv_rank)
         up_k, up_v = up[:, : self.nope_head_dim], up[:, self.nope_head_dim :]
-        if ops.fuses(x, *self.parameters()):
+        if ops.fuses(x, *(self.parameters() if torch.is_grad_enabled() else ())):  # walking them takes its time
             q = self._store_fused(x, up_k, rotation, kv_cache, metadata)
         else:
             q_nope, q_rope = self._queries(x, rotation)

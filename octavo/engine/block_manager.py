@@ -15,6 +15,10 @@ Ownership. A table belongs to its sequence, a block to the sequences whose table
 written by it; a shared block is never written: the owner that has to write copies it first (copy-on-write). A block
 freed between `begin_step` and the matching `end_step` is retired and is given to nobody before that step has ended, so
 work in flight never meets a new owner.
+
+Where every layer has a sliding window, a sequence gives back the blocks before it (`num_unseen_blocks` of its table), by
+the same rule. Layers with windows beside layers that see all would need a table for each kind: there, nothing is given
+back.
 """
 
 from collections import Counter
@@ -26,11 +30,14 @@ from octavo.engine.step import BlockCopy
 
 
 class BlockManager:
-    """num_blocks, block_size: at least 1. All methods are O(blocks touched)."""
+    """num_blocks, block_size: at least 1. sliding_window: see EngineConfig. All methods are O(blocks touched)."""
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, sliding_window: int = 0
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.sliding_window = sliding_window
         self.prefix_cache = PrefixCache() if enable_prefix_caching else None
         self.ref_counts = [0] * num_blocks
         self.num_promised_blocks = 0
@@ -112,6 +119,7 @@ class BlockManager:
 
         The caller has seen to it that `blocks_needed` are there, and computes those tokens in the coming step.
         """
+        self.give_back_unseen(seq)
         copy = self._unshare(seq) if self._writes_shared_block(seq) else None
         growth = self.blocks_for(num_tokens) - len(seq.block_table)
         for _ in range(growth):
@@ -124,6 +132,19 @@ class BlockManager:
             num_known = min(num_tokens, len(seq.token_ids))
             self._name_full_blocks(self.prefix_cache, seq, num_known // self.block_size)
         return copy
+
+    def give_back_unseen(self, seq: Sequence) -> None:
+        """Gives back the leading blocks that no token from the next on sees in any layer.
+
+        Their numbers stay in the table, where kernels skip them or mask what they read: it may be another sequence's by
+        then, but never memory that was not written.
+        """
+        if not self.sliding_window:
+            return
+        num_unseen = max(seq.num_computed_tokens + 1 - self.sliding_window, 0) // self.block_size
+        if num_unseen > seq.num_unseen_blocks:
+            self._let_go(seq.block_table[seq.num_unseen_blocks : num_unseen])
+            seq.num_unseen_blocks = num_unseen
 
     def _writes_shared_block(self, seq: Sequence) -> bool:
         index = seq.num_computed_tokens // self.block_size
@@ -148,7 +169,7 @@ class BlockManager:
     def _name_full_blocks(self, cache: PrefixCache, seq: Sequence, num_full: int) -> None:
         if num_full > len(seq.block_hashes):
             self._extend_hashes(seq, num_full)
-        for index in range(seq.num_named_blocks, num_full):
+        for index in range(max(seq.num_named_blocks, seq.num_unseen_blocks), num_full):
             cache.insert(seq.block_hashes[index], seq.block_table[index])
         seq.num_named_blocks = num_full
 
@@ -163,7 +184,8 @@ class BlockManager:
         """Lets the child share every block of the parent. Nothing is copied before one of them has to write a shared
         block."""
         assert parent.num_promised_blocks == 0, "only a computed sequence forks"
-        for block in parent.block_table:
+        child.num_unseen_blocks = parent.num_unseen_blocks
+        for block in parent.held_blocks:
             self.ref_counts[block] += 1
         child.block_table = list(parent.block_table)
         child.block_hashes = list(parent.block_hashes)
@@ -176,16 +198,21 @@ class BlockManager:
     def free(self, seq: Sequence) -> None:
         """Takes all blocks and promises from seq. The last block goes first, so that beginnings stay cached longest."""
         self.num_promised_blocks -= seq.num_promised_blocks
+        self._let_go(reversed(seq.held_blocks))
+        seq.block_table = []
+        seq.num_promised_blocks = seq.num_computed_tokens = seq.num_writable_tokens = seq.num_named_blocks = 0
+        seq.num_unseen_blocks = 0
+
+    def _let_go(self, blocks: Iterable[int]) -> None:
+        """One owner less for each; the blocks that nobody owns any more are free, once no step in flight reads them."""
         in_flight = self._steps_begun > self._steps_ended
-        for block in reversed(seq.block_table):
+        for block in blocks:
             self.ref_counts[block] -= 1
             if self.ref_counts[block] == 0:
                 if in_flight:
                     self._retired[block] = self._steps_begun
                 else:
                     self._release(block)
-        seq.block_table = []
-        seq.num_promised_blocks = seq.num_computed_tokens = seq.num_writable_tokens = seq.num_named_blocks = 0
 
     def _release(self, block: int) -> None:
         if self.prefix_cache is None or not self.prefix_cache.retire(block):
@@ -213,7 +240,7 @@ class BlockManager:
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Asserts every invariant. sequences: all that may hold blocks."""
         sequences = list(sequences)
-        owners = Counter(block for seq in sequences for block in seq.block_table)
+        owners = Counter(block for seq in sequences for block in seq.held_blocks)
         assert self.ref_counts == [owners[block] for block in range(self.num_blocks)]
         idle = list(self.prefix_cache.idle_blocks) if self.prefix_cache else []
         assert sorted([*owners, *self._blank, *idle, *self._retired]) == list(range(self.num_blocks)), (
@@ -230,7 +257,9 @@ class BlockManager:
                 self._check_names(self.prefix_cache, seq)
 
     def _check_table(self, seq: Sequence) -> None:
-        assert len(set(seq.block_table)) == len(seq.block_table)
+        assert len(set(seq.held_blocks)) == len(seq.held_blocks)
+        first_seen = max(seq.num_computed_tokens + 1 - self.sliding_window, 0) if self.sliding_window else 0
+        assert seq.num_unseen_blocks <= first_seen // self.block_size, "what the next token sees is held"
         num_tokens = len(seq.token_ids) + seq.num_pending_tokens
         assert self.blocks_for(seq.num_computed_tokens) <= len(seq.block_table) <= self.blocks_for(num_tokens)
         assert seq.num_writable_tokens <= len(seq.block_table) * self.block_size
@@ -248,4 +277,4 @@ class BlockManager:
         for index, block in enumerate(seq.block_table):
             name = block_hash(name, seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
             assert index >= len(seq.block_hashes) or seq.block_hashes[index] == name
-            assert cache.name_of(block) in (None, name)
+            assert index < seq.num_unseen_blocks or cache.name_of(block) in (None, name)

@@ -16,7 +16,8 @@ class EngineConfig:
     max_num_seqs: most sequences in one step. max_num_batched_tokens: most new tokens in one step, prompts' chunks and
     decodes together; at least max_num_seqs, so that every decode fits in every step.
     enable_prefix_caching: reuse the blocks of equal prompt beginnings. scheduling_policy: "fcfs", or "priority" (lowest
-    number first).
+    number first). sliding_window: tokens that every layer sees at most, the token itself included; blocks before them
+    are given back. 0 where some layer sees all.
     """
 
     num_blocks: int
@@ -27,6 +28,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     scheduling_policy: SchedulingPolicy = "fcfs"
+    sliding_window: int = 0
 
     def __post_init__(self) -> None:
         for field in (
@@ -40,6 +42,10 @@ class EngineConfig:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field}: expected an integer of at least 1, got {value!r}")
+        if isinstance(self.sliding_window, bool) or not isinstance(self.sliding_window, int) or self.sliding_window < 0:
+            raise ValueError(
+                f"sliding_window: expected an integer of at least 0 (0: none), got {self.sliding_window!r}"
+            )
         if type(self.enable_prefix_caching) is not bool:
             raise ValueError(f"enable_prefix_caching: expected True or False, got {self.enable_prefix_caching!r}")
         if self.scheduling_policy not in get_args(SchedulingPolicy):

@@ -122,6 +122,8 @@ class LLMEngine:
             max_num_batched_tokens=options.resolved_max_num_batched_tokens(model.device),
             enable_prefix_caching=options.enable_prefix_caching,
             scheduling_policy=options.scheduling_policy,
+            # groups of layers with windows of their own would need block tables of their own
+            sliding_window=max(model.config.layer_windows) if all(model.config.layer_windows) else 0,
         )
         memory = options.kv_cache_memory
         if memory is None:

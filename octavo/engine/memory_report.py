@@ -12,7 +12,7 @@ The bytes of the cache are split into six parts, which sum to it exactly:
 
 Waste is reserved + internal + external, as a share of these and used: the definition of the PagedAttention paper (Kwon
 et al. 2023). Beside them stand the bytes saved: what sequences that share blocks would take in addition without
-sharing.
+sharing, and those that a sliding window in every layer has let live sequences give back.
 """
 
 from dataclasses import asdict, dataclass
@@ -30,7 +30,8 @@ NUM_OWNERS = 240
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Bytes, exact. saved: what sharing (prefix cache and copy-on-write) saves now."""
+    """Bytes, exact. saved: what sharing (prefix cache and copy-on-write) saves now. unseen: what live sequences have
+    given back, because it lies before the sliding window of every layer."""
 
     cache: int
     used: int
@@ -40,10 +41,11 @@ class MemoryReport:
     cached: int
     free: int
     saved: int
+    unseen: int
 
     def __post_init__(self) -> None:
         assert sum(getattr(self, part) for part in PARTS) == self.cache, f"the parts do not sum to the cache: {self}"
-        assert min(getattr(self, part) for part in (*PARTS, "saved")) >= 0, f"a part is negative: {self}"
+        assert min(getattr(self, part) for part in (*PARTS, "saved", "unseen")) >= 0, f"a part is negative: {self}"
 
     @property
     def waste(self) -> int:
@@ -62,6 +64,8 @@ class MemoryReport:
             f"  {part:<10}{getattr(self, part):>20,}{_share(getattr(self, part), self.cache):>9.2%}" for part in PARTS
         ]
         lines.append(f"saved by sharing{self.saved:>16,} bytes")
+        if self.unseen:
+            lines.append(f"before the window{self.unseen:>15,} bytes, given back")
         lines.append(f"waste{self.waste_fraction:>34.2%}  of what is held")
         return "\n".join(lines)
 
@@ -73,9 +77,10 @@ def measure(scheduler: Scheduler) -> MemoryReport:
     new_tokens = {entry.seq.seq_id: entry.num_new_tokens for entry in scheduler.uncomputed()}
     written: dict[int, int] = {}  # live blocks that are not full → slots written
     pending: dict[int, int] = {}  # of these → slots that the step in flight writes
-    computed = 0
+    computed = unseen = 0
     for seq in scheduler.holders():
-        computed += seq.num_computed_tokens
+        unseen += seq.num_unseen_blocks * size
+        computed += seq.num_computed_tokens - seq.num_unseen_blocks * size
         end = seq.num_computed_tokens + new_tokens.get(seq.seq_id, 0)
         for index in range(seq.num_computed_tokens // size, len(seq.block_table)):
             block, start = seq.block_table[index], index * size
@@ -100,6 +105,7 @@ def measure(scheduler: Scheduler) -> MemoryReport:
         cached=(num_idle - promised_idle) * config.block_bytes,
         free=(blocks.num_free_blocks - num_idle - blocks.num_promised_blocks + promised_idle) * config.block_bytes,
         saved=(computed - used - others) * per_token,
+        unseen=unseen * per_token,
     )
 
 
@@ -111,7 +117,7 @@ def block_map(scheduler: Scheduler, owners: dict[str, int]) -> bytes:
         cells[block] = CACHED
     for seq in scheduler.holders():
         owner = FIRST_OWNER + owners.setdefault(seq.request.request_id, len(owners)) % NUM_OWNERS
-        for block in seq.block_table:
+        for block in seq.held_blocks:
             cells[block] = SHARED if blocks.ref_counts[block] > 1 else owner
         for block in seq.block_table[seq.num_computed_tokens // size :]:
             cells[block] = TAIL

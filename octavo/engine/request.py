@@ -58,6 +58,7 @@ class Sequence:
         "num_pending_tokens",
         "num_promised_blocks",
         "num_prompt_tokens",
+        "num_unseen_blocks",
         "num_writable_tokens",
         "order",
         "request",
@@ -80,6 +81,7 @@ class Sequence:
         self.block_hashes: list[bytes] = []  # of the leading full blocks, as far as known
         self.num_named_blocks = 0  # leading blocks that the prefix cache knows
         self.num_promised_blocks = 0  # free blocks kept for the rest of its prompt
+        self.num_unseen_blocks = 0  # leading entries of the table that are before every layer's window: given back
         self.num_writable_tokens = 0  # token slots that can be written with no further call of the block manager
         self.status = SequenceStatus.WAITING
         self.awaiting_token = False
@@ -94,6 +96,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """A copy of the table without the entries that were given back: O(blocks)."""
+        return self.block_table[self.num_unseen_blocks :]
 
     @property
     def output_token_ids(self) -> list[int]:

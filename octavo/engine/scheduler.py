@@ -39,7 +39,9 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.blocks = BlockManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.blocks = BlockManager(
+            config.num_blocks, config.block_size, config.enable_prefix_caching, config.sliding_window
+        )
         self.requests: dict[str, Request] = {}
         self.waiting: list[Sequence] = []
         self.prefilling: list[Sequence] = []
@@ -147,6 +149,7 @@ class Scheduler:
             self._preempt(self.decoding[-1], preempted)
         for seq in self.decoding:  # shrinks at its end while we walk: who is preempted is last in order
             if seq.num_computed_tokens >= seq.num_writable_tokens:
+                self.blocks.give_back_unseen(seq)
                 if not self._make_room(seq, preempted):
                     break
                 copy = self.blocks.extend(seq, seq.num_computed_tokens + 1)

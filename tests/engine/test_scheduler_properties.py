@@ -61,6 +61,7 @@ class FakeModel:
     """Executes steps as step.py's contract says, in order and as late as possible, on a cache of fingerprints."""
 
     block_size: int
+    sliding_window: int = 0
     cache: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     sampled: dict[int, int] = field(default_factory=dict)  # the newest token of each sequence, as on a device
 
@@ -92,7 +93,7 @@ class FakeModel:
         for text, start, table, (seq, num_new, num_samples) in zip(
             step.texts, step.starts, step.tables, output.scheduled, strict=True
         ):
-            self.attend(seq, text[: start + num_new], table)
+            self.attend(seq, text[: start + num_new], table, start)
             if num_samples and seq.request.is_beam_search:
                 best = likeliest(text, seq.request.params.beam_width)
                 top[len(rows)] = TopLogprobs([token for _, token in best], [score for score, _ in best], 1)
@@ -101,8 +102,12 @@ class FakeModel:
             rows += [next_token(text, seq.index + extra) for extra in range(num_samples)]
         return StepResult(rows, [-0.5] * len(rows), top)
 
-    def attend(self, seq: Sequence, text: list[int], table: list[int]) -> None:
+    def attend(self, seq: Sequence, text: list[int], table: list[int], start: int) -> None:
+        """The tokens from position `start` on look at all before them, or at what is in their window."""
+        first = max(start + 1 - self.sliding_window, 0) if self.sliding_window else 0
         for position, expected in enumerate(fingerprints(text, seq.request.cache_salt)):
+            if position < first:
+                continue
             block, slot = table[position // self.block_size], position % self.block_size
             assert self.cache[block].get(slot) == expected, f"{seq} finds another text at position {position}"
 
@@ -169,7 +174,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.scheduler = Scheduler(config)
-        self.model = FakeModel(config.block_size)
+        self.model = FakeModel(config.block_size, config.sliding_window)
         self.beams = Beams()
         self.accepted: list[Request] = []
         self.beam_results: dict[str, list[list[int]]] = {}
@@ -281,6 +286,7 @@ def configs(rng: random.Random, **fixed: object) -> EngineConfig:
         "max_num_batched_tokens": max_num_seqs + rng.choice([0, 1, 3, 10, 40]),
         "enable_prefix_caching": rng.random() < 0.7,
         "scheduling_policy": rng.choice(["fcfs", "priority"]),
+        "sliding_window": rng.choice([0, 0, 1, 4, 9, 20]),
     }
     return EngineConfig(**{**options, **fixed})  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ import torch
 
 from octavo.kernels.reference.flash_fwd import flash_fwd_with_probs
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
-from octavo.ops import custom_ops
+from octavo.ops import custom_ops, dispatch
 from octavo.ops.checks import (
     cast_for_autocast,
     check_broadcast,
@@ -330,9 +330,27 @@ def _attend(
         t = replace(t, attn_bias=t.attn_bias.reshape((1,) * (4 - t.attn_bias.dim()) + t.attn_bias.shape))
     # a tensor, not a number: a compiled graph draws a new one on every run, and activation checkpointing replays it
     seed = torch.randint(2**31 - 1, ()) if spec.dropout_p > 0 else None
-    out, lse = custom_ops.flash_attention(q, k, v, spec, t, seed, backend)
+    out, lse = _attend_padded(q, k, v, spec, t, seed, backend)
     weights = _dropped_weights(q, k, v, spec, t, seed) if return_attn_probs else None
     return _results(out, lse, weights, return_lse)
+
+
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors, seed: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """GPU kernels load 8 channels at a time: head_dims that are no multiple of it get zeros, which change no score."""
+    head_dim_v = v.shape[-1]
+    on_gpu = q.is_cuda or dispatch.forced_backend(backend) in ("triton", "hopper")
+    if not on_gpu or (q.shape[-1] % 8 == 0 and head_dim_v % 8 == 0):
+        return custom_ops.flash_attention(q, k, v, spec, t, seed, backend)
+    q, k, v = (_pad_channels(x) for x in (q, k, v))
+    t = t if t.qv is None else replace(t, qv=_pad_channels(t.qv))
+    out, lse = custom_ops.flash_attention(q, k, v, spec, t, seed, backend)
+    return out[..., :head_dim_v], lse
+
+
+def _pad_channels(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import octavo
 from octavo.kernels.reference.flash_bwd import flash_bwd as reference_bwd
 from octavo.kernels.reference.flash_fwd import flash_fwd as reference_fwd
 from octavo.kernels.spec import AttentionSpec, AttentionTensors
@@ -125,6 +126,17 @@ def test_each_pair_of_options(pair):
 def test_all_options_at_once():
     spec, t = options_call([name for name in OPTIONS if name not in ("causal", "window")], torch.float32)
     assert_forward_and_gradients(*dense(torch.float32), spec, t, dlse=True)
+
+
+@pytest.mark.parametrize("dims", [(59, 59), (40, 111)], ids=str)
+def test_ops_pads_head_dims_that_the_kernels_do_not_take(dims):
+    q, k, v = (randn(2, s, 2, d, seed=s).requires_grad_() for s, d in ((33, dims[0]), (75, dims[0]), (75, dims[1])))
+    results = []
+    for backend in ("triton", "reference"):
+        out, lse = octavo.flash_attn_func(q, k, v, causal=True, return_lse=True, backend=backend)
+        results.append((out, lse, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 
 def test_dropout_at_offsets_beyond_32_bits():

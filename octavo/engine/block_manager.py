@@ -16,7 +16,7 @@ written by it; a shared block is never written: the owner that has to write copi
 freed between `begin_step` and the matching `end_step` is retired and is given to nobody before that step has ended, so
 work in flight never meets a new owner.
 
-Where every layer has a sliding window, a sequence gives back the blocks before it (`num_unseen_blocks` of its table), by
+Where every layer has a sliding window, a sequence gives back the blocks before it (`num_unseen_blocks` of its table) by
 the same rule. Layers with windows beside layers that see all would need a table for each kind: there, nothing is given
 back.
 """

@@ -1,0 +1,403 @@
+"""Our server under load, beside llama.cpp's and transformers', and beside our own engine without a server.
+
+    python benchmarks/serving.py load --url http://127.0.0.1:8000 --clients 1 8 32 64     # any OpenAI-style server
+    python benchmarks/serving.py compare [--peer-python PATH] [--transformers DIR] [--json out.json]
+    python benchmarks/serving.py idle --connections 1000                                  # what idle clients cost
+
+`load` is closed-loop: so many clients, each with one streaming completion after another, for --seconds; then what is
+still under way is read to its end. Every prompt is another one, of --prompt-words random words. Reported: output
+tokens/s (by usage where the server tells it, else by events), time to first token, and time between events, p50 and
+p99. `compare` starts each server in turn, on the default model with the same number of threads; ours twice, once as
+`octavo serve` and once as the bare engine with the same prompts and lengths, whose ratio is the cost of serving.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+TEXT = "the a of and to in hen fox rain river stone light old small quick over under when where then who why green"
+WORDS = TEXT.split()
+START_SECONDS = 180
+
+
+def make_prompt(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(words))
+
+
+# ---- one client ----------------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """HTTP/1.1 over one socket, as little as streams need: the load must not take the server's processor."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
+        self._head = f"Host: {self._host}\r\nContent-Type: application/json\r\n"
+        if key:
+            self._head += f"Authorization: Bearer {key}\r\n"
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def open(self) -> None:
+        if self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection(self._host, self._port, limit=1 << 22)
+
+    async def send(self, method: str, path: str, body: Any = None) -> int:
+        """Sends a request and reads the answer's head: its status."""
+        await self.open()
+        assert self._reader is not None
+        assert self._writer is not None
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        head = f"{method} {path} HTTP/1.1\r\n{self._head}Content-Length: {len(data)}\r\n\r\n"
+        self._writer.write(head.encode() + data)
+        status = int((await self._line()).split()[1])
+        self._length, self._chunked = 0, False
+        while (line := (await self._line()).lower()) != b"\r\n":
+            if line.startswith(b"content-length:"):
+                self._length = int(line[15:])
+            self._chunked |= line.startswith(b"transfer-encoding: chunked")
+        return status
+
+    async def _line(self) -> bytes:
+        assert self._reader is not None
+        line = await self._reader.readline()
+        if not line:
+            raise ConnectionError("the server closed the connection")
+        return line
+
+    async def chunks(self) -> Any:
+        """The body's pieces as they come."""
+        assert self._reader is not None
+        if not self._chunked:
+            yield await self._reader.readexactly(self._length)
+            return
+        while size := int((await self._line()).split(b";")[0], 16):
+            yield await self._reader.readexactly(size)
+            await self._line()
+        await self._line()
+
+    async def body(self) -> bytes:
+        return b"".join([chunk async for chunk in self.chunks()])
+
+    def close(self) -> None:
+        """At once, whatever is under way."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+        self._reader = self._writer = None
+
+
+# ---- load ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Load:
+    """What one level of load measured; times in seconds."""
+
+    clients: int
+    seconds: float = 0.0
+    tokens: int = 0
+    requests: int = 0
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    def summary(self) -> dict[str, float]:
+        def quantile(values: list[float], q: float) -> float:
+            return sorted(values)[min(len(values) - 1, int(q * len(values)))] * 1e3 if values else float("nan")
+
+        return {
+            "clients": self.clients,
+            "requests": self.requests,
+            "output_tokens_per_s": round(self.rate, 1),
+            "ttft_ms_p50": round(quantile(self.first, 0.5), 1),
+            "ttft_ms_p99": round(quantile(self.first, 0.99), 1),
+            "between_ms_p50": round(quantile(self.between, 0.5), 2),
+            "between_ms_p99": round(quantile(self.between, 0.99), 2),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a server is asked. chat: by /v1/chat/completions. extra: fields that only this server needs."""
+
+    url: str
+    seconds: float
+    prompt_words: int = 48
+    max_tokens: int = 64
+    chat: bool = False
+    model: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def body(self, prompt: str) -> dict[str, Any]:
+        text = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
+        options = {"max_tokens": self.max_tokens, "temperature": 0.0, "stream": True}
+        usage = {"stream_options": {"include_usage": True}}
+        return {**text, **options, **usage, **({"model": self.model} if self.model else {}), **self.extra}
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+
+async def run_load(plan: Plan, clients: int, requests_each: int | None = None) -> Load:
+    """So many clients for plan.seconds, or for so many requests each."""
+    load = Load(clients)
+    start = time.perf_counter()
+    await asyncio.gather(*(_client(plan, load, start, number, requests_each) for number in range(clients)))
+    load.seconds = time.perf_counter() - start
+    return load
+
+
+async def _client(plan: Plan, load: Load, start: float, number: int, requests_each: int | None) -> None:
+    rng = random.Random(f"{plan.url}{load.clients}{number}{start}")
+    connection = Connection(plan.url)
+    done = 0
+    try:
+        while done < requests_each if requests_each else time.perf_counter() - start < plan.seconds:
+            await _completion(connection, plan, make_prompt(rng, plan.prompt_words), load)
+            done += 1
+    finally:
+        connection.close()
+
+
+async def _completion(connection: Connection, plan: Plan, prompt: str, load: Load) -> None:
+    asked = last = time.perf_counter()
+    status = await connection.send("POST", plan.path, plan.body(prompt))
+    if status != 200:
+        raise RuntimeError(f"{plan.url} answered {status}: {(await connection.body())[:500]!r}")
+    events, told = 0, 0
+    async for chunk in connection.chunks():
+        now = time.perf_counter()
+        if b'"usage":{' in chunk.replace(b" ", b""):
+            told = _usage(chunk) or told
+        if not _has_text(chunk):
+            continue
+        (load.between if events else load.first).append(now - (last if events else asked))
+        events, last = events + 1, now
+    load.tokens += told or events
+    load.requests += 1
+
+
+def _has_text(chunk: bytes) -> bool:
+    return b'"text":' in chunk or (b'"content":' in chunk and b'"content":""' not in chunk.replace(b" ", b""))
+
+
+def _usage(chunk: bytes) -> int:
+    for line in chunk.splitlines():
+        if line.startswith(b"data: {"):
+            usage = json.loads(line[6:]).get("usage")
+            if usage:
+                return int(usage["completion_tokens"])
+    return 0
+
+
+def measure(plan: Plan, levels: list[int]) -> list[dict[str, float]]:
+    """A table of load levels, after a short warm-up."""
+    asyncio.run(run_load(plan, 2, requests_each=1))
+    rows = []
+    for clients in levels:
+        rows.append(asyncio.run(run_load(plan, clients)).summary())
+        print("  ", rows[-1], flush=True)
+    return rows
+
+
+# ---- servers -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(command: list[str], url: str, path: str = "/health") -> Iterator[subprocess.Popen[bytes]]:
+    """A server's process, once it answers."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(url + path):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{command[:4]} did not start (exit code {process.poll()})")
+            time.sleep(0.2)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def octavo_command(port: int, *options: str) -> list[str]:
+    return [sys.executable, "-m", "octavo", "serve", "--port", str(port), *options]
+
+
+LLAMA = """
+import sys, time, xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path, p.port, p.n_parallel, p.n_ctx = sys.argv[1], int(sys.argv[2]), 64, 64 * 1024
+p.kv_unified, p.cpuparams.n_threads, p.cpuparams_batch.n_threads = True, int(sys.argv[3]), int(sys.argv[3])
+server = xllamacpp.Server(p)
+print(server.listening_address, flush=True)
+while True: time.sleep(1)
+"""
+
+ENGINE = """
+import json, sys, time, torch
+from octavo import LLM, SamplingParams
+torch.set_num_threads(int(sys.argv[1]))
+prompts, max_tokens = json.loads(sys.stdin.read()), int(sys.argv[2])
+llm = LLM(max_model_len=1024)
+params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+llm.generate(prompts[:2], params, use_tqdm=False)
+start = time.perf_counter()
+outputs = llm.generate(prompts, params, use_tqdm=False)
+seconds = time.perf_counter() - start
+print(json.dumps(sum(len(o.outputs[0].token_ids) for o in outputs) / seconds))
+"""
+
+
+def bare_engine(threads: int, clients: int, plan: Plan, rounds: int) -> float:
+    """Tokens/s of `LLM.generate` with `rounds` prompts for each client, all at once, as many in a step as there are."""
+    rng = random.Random(clients)
+    prompts = [make_prompt(rng, plan.prompt_words) for _ in range(clients * rounds)]
+    command = [sys.executable, "-c", ENGINE.replace("LLM(max", f"LLM(max_num_seqs={clients}, max")]
+    done = subprocess.run(
+        [*command, str(threads), str(plan.max_tokens)],
+        input=json.dumps(prompts).encode(),
+        capture_output=True,
+        check=True,
+    )
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def overhead(threads: int, port: int, clients: int = 64, rounds: int = 2) -> dict[str, float]:
+    """The served rate over the engine's own, for the same work."""
+    url = f"http://127.0.0.1:{port}"
+    plan = Plan(url, 0, extra={"ignore_eos": True})
+    engine = bare_engine(threads, clients, plan, rounds)
+    with server(octavo_command(port, "--max-model-len", "1024", "--max-num-seqs", str(clients)), url):
+        asyncio.run(run_load(plan, 2, requests_each=1))
+        served = asyncio.run(run_load(plan, clients, requests_each=rounds)).rate
+    return {
+        "engine_tokens_per_s": round(engine, 1),
+        "served_tokens_per_s": round(served, 1),
+        "ratio": round(served / engine, 3),
+    }
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each server in turn, all levels."""
+    threads, port = arguments.threads, arguments.port
+    url = f"http://127.0.0.1:{port}"
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "threads": threads, "seconds": arguments.seconds}
+    levels = arguments.clients
+    if "octavo" in arguments.only:
+        print("octavo serve", flush=True)
+        with server(octavo_command(port, "--max-model-len", "1024"), url):
+            report["octavo"] = measure(Plan(url, arguments.seconds, extra={"ignore_eos": True}), levels)
+    if "llama.cpp" in arguments.only and arguments.peer_python:
+        from octavo.models import default_model_path
+
+        print("llama.cpp", flush=True)
+        command = [arguments.peer_python, "-c", LLAMA, str(default_model_path()), str(port), str(threads)]
+        with server(command, url):
+            plan = Plan(url, arguments.seconds, extra={"ignore_eos": True, "cache_prompt": False})
+            report["llama.cpp"] = measure(plan, levels)
+    if "transformers" in arguments.only and arguments.transformers:
+        print("transformers serve", flush=True)
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--port", str(port)]
+        command += ["--force-model", arguments.transformers, "--device", "cpu", *arguments.transformers_option]
+        with server(command, url):
+            plan = Plan(url, arguments.seconds, chat=True, model=arguments.transformers)
+            report["transformers"] = measure(plan, [n for n in levels if n <= 32])
+    if "overhead" in arguments.only:
+        report["overhead"] = overhead(threads, port)
+        print("   ", report["overhead"], flush=True)
+    return report
+
+
+# ---- idle connections ----------------------------------------------------------------------------------------------
+
+
+def idle(arguments: argparse.Namespace) -> dict[str, float]:
+    """Memory and throughput of our server without and with idle keep-alive connections."""
+    url = f"http://127.0.0.1:{arguments.port}"
+    with server(octavo_command(arguments.port, "--max-model-len", "1024"), url) as process:
+        return asyncio.run(_idle(url, process.pid, arguments.connections, arguments.seconds))
+
+
+async def _idle(url: str, pid: int, count: int, seconds: float) -> dict[str, float]:
+    import psutil
+
+    plan = Plan(url, seconds, extra={"ignore_eos": True})
+    await run_load(plan, 8, requests_each=1)
+    rates, sizes = {}, {}
+    connections = [Connection(url) for _ in range(count)]
+    for name in ("without", "with", "without_again"):
+        if name == "with":
+            for connection in connections:
+                await connection.send("GET", "/health")
+                await connection.body()
+        sizes[name] = psutil.Process(pid).memory_info().rss
+        rates[name] = (await run_load(plan, 8)).rate
+        if name == "with":
+            for connection in connections:
+                connection.close()
+    without = statistics.mean([rates["without"], rates["without_again"]])
+    return {
+        "connections": count,
+        "megabytes": round((sizes["with"] - sizes["without"]) / 1e6, 1),
+        "tokens_per_s_without": round(without, 1),
+        "tokens_per_s_with": round(rates["with"], 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["load", "compare", "idle"])
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each level of load")
+    parser.add_argument("--prompt-words", type=int, default=48)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--chat", action="store_true", help="load: ask for chats")
+    parser.add_argument("--model", help="load: the model's name, where the server wants it")
+    parser.add_argument("--threads", type=int, default=2, help="of every server")
+    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--only", nargs="+", default=["octavo", "llama.cpp", "transformers", "overhead"])
+    parser.add_argument("--peer-python", help="a Python with xllamacpp, for llama.cpp's server")
+    parser.add_argument("--transformers", help="a directory with the default model for `transformers serve`")
+    parser.add_argument("--transformers-option", nargs="*", default=[])
+    parser.add_argument("--connections", type=int, default=1000)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    if arguments.what == "load":
+        lengths = {"prompt_words": arguments.prompt_words, "max_tokens": arguments.max_tokens}
+        plan = Plan(arguments.url, arguments.seconds, chat=arguments.chat, model=arguments.model, **lengths)
+        report: Any = measure(plan, arguments.clients)
+    else:
+        report = compare(arguments) if arguments.what == "compare" else idle(arguments)
+    print(json.dumps(report))
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _GROUP = 16  # entries behind one maximum, in strides of V / 16
 _PROPOSALS = 32  # at a time: one in 16 or more is accepted
-_SMALL_VOCABULARY = 8192  # where the exponentials of all entries cost less than proposals
+_SMALL_VOCABULARY = 8192  # up to which all entries are exponentiated, or sorted, for all rows at once
 _MOST_PROPOSALS = 1024
 _NUCLEUS_WIDTH = 64  # the usual nucleus has fewer entries; the full sort costs 50 times as much
 
@@ -160,6 +160,8 @@ def sample_truncated(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
     vocab = logits.shape[1]
     limited = top_k[top_k < vocab]
     width = min(max(_NUCLEUS_WIDTH, int(limited.max()) if len(limited) else 0), vocab)
+    if vocab <= _SMALL_VOCABULARY and len(limited) < len(top_k):
+        width = vocab
     values, ids = top_entries(logits, width)
     inside_k = torch.arange(width) < top_k[:, None]
     weights = ((values - values[:, :1]) / temperature).exp().double() * inside_k

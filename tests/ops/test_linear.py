@@ -10,6 +10,7 @@ import torch
 from octavo.ops.linear import QuantizedWeight, linear
 
 IN = 512
+LARGEST = 127 * 256  # code of the largest input of a group
 
 
 def random_tensor(qtype: str, rows: int, seed: int = 0) -> tuple[np.ndarray, torch.Tensor]:
@@ -70,9 +71,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def quantized(x: torch.Tensor) -> torch.Tensor:
-    """x rounded as the kernel rounds it: int8 per group of 32, with the scale in fp32."""
+    """x rounded as the kernel rounds it: two bytes per group of 32, with the scale in fp32."""
     groups = x.double().unflatten(-1, (-1, 32))
-    scale = (groups.abs().amax(-1, keepdim=True).float() / 127).double()
+    scale = (groups.abs().amax(-1, keepdim=True).float() / LARGEST).double()
     return (torch.round(groups / scale.clamp_min(1e-30)) * scale).flatten(-2)
 
 
@@ -90,7 +91,8 @@ def test_linear_is_the_exact_product_of_rounded_activations(qtype: str, rows: in
 def test_rounding_the_activations_costs_what_the_docstring_says(qtype: str) -> None:
     weight = QuantizedWeight.from_gguf(random_tensor(qtype, 64)[0], qtype, (64, IN))
     x = torch.randn(9, IN, generator=torch.Generator().manual_seed(0))
-    bound = (x.unflatten(-1, (-1, 32)).abs().amax(-1) / 254).repeat_interleave(32, -1) @ weight.dequantize().abs().T
+    half_step = x.unflatten(-1, (-1, 32)).abs().amax(-1) / (2 * LARGEST)
+    bound = half_step.repeat_interleave(32, -1) @ weight.dequantize().abs().T
     error = (linear(x, weight) - x @ weight.dequantize().T).abs()
     assert (error <= bound * 1.001 + 1e-5).all()
 

@@ -1,13 +1,15 @@
-"""y = x · Wᵀ (+ bias) for a `QuantizedWeight`: x is quantised to int8 per group of 32, products are summed as integers.
+"""y = x · Wᵀ (+ bias) for a `QuantizedWeight`: x is rounded to 16 bits per group of 32, products are summed as
+integers.
 
 With w = scale · (code − zero_point) + min and x ≈ a_scale · a, a group of 32 inputs adds
     scale · a_scale · Σ (code − zero_point) · a  +  min · a_scale · Σ a
-so the inner loop is an int8 dot product and each group ends with one or two fp32 multiply-adds. One instruction takes
-four inputs of 16 rows (the weight's packing) times four inputs of one token (a broadcast).
+and with a = 256 · high + low, two signed bytes, the inner loop is an int8 dot product, once over the high and once
+over the low bytes; each group ends with one or two fp32 multiply-adds. One instruction takes four inputs of 16 rows
+(the weight's packing) times four inputs of one token (a broadcast).
 
-A tile of up to 6 tokens × 2 blocks of 16 rows keeps its sums in registers while it runs over all groups. Threads
-share the pairs of row blocks; a pair's codes (9 KB for 576 inputs of 4 bits) stay in the L1 cache for all tokens. One
-token is bound by memory: then the tile is as wide as needed to keep enough loads in flight.
+A tile of 8 tokens × 16 rows keeps its sums in registers while it runs over all groups. Threads share the pairs of row
+blocks; a pair's codes (9 KB for 576 inputs of 4 bits) stay in the L1 cache for all tokens. One or two tokens are bound
+by memory: then a tile takes both row blocks, which keeps more loads in flight.
 """
 
 import functools
@@ -19,7 +21,7 @@ from octavo.kernels.spec import Tensor
 
 GROUP = 32
 ROWS = 16
-MAX_TOKENS = 6  # of a tile: 6 · 2 integer and 6 · 2 fp32 sums fill 24 of 32 registers
+MAX_TOKENS = 8  # of a tile: a group's 8 vectors of codes, 8 integer and 8 fp32 sums fill 24 of 32 registers
 
 
 def quant_linear(
@@ -54,8 +56,8 @@ def quant_linear(
 
 
 def workspace_bytes(tokens: int, groups: int) -> int:
-    """Of the quantised activations: codes, scales, sums, each (tokens, groups)."""
-    return tokens * groups * (GROUP + 4 + 4)
+    """Of the rounded activations: high and low bytes, scales, sums, each (tokens, groups)."""
+    return tokens * groups * (2 * GROUP + 4 + 4)
 
 
 @functools.cache

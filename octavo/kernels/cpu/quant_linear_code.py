@@ -20,23 +20,26 @@ from octavo.kernels.cpu.simd import (
 )
 
 ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
+LARGEST = 127.0 * 256  # an activation's code: high byte up to 127, low byte signed
 
 
 def _emit_quantize(code, x, count, codes, scales, sums, zero_point, has_mins):
-    """One row of x, `count` groups: int8 codes, fp32 scales, and the sums as the products need them."""
+    """One row of x, `count` groups: high and low bytes, fp32 scales, and the sums as the products need them."""
     b = code.b
     with cgutils.for_range(b, count) as loop:
         g = loop.index
         values = [code.load(code.offset(x, (g, 4 * GROUP), 64 * half), vector(F32)) for half in range(2)]
         largest = _largest(code, values)
-        scale = b.fmul(largest, ir.Constant(F32, 1 / 127))
+        scale = b.fmul(largest, ir.Constant(F32, 1 / LARGEST))
         zero = b.fcmp_ordered("==", largest, ir.Constant(F32, 0.0))
-        inverse = code.splat(b.select(zero, ir.Constant(F32, 0.0), b.fdiv(ir.Constant(F32, 127.0), largest)))
+        inverse = code.splat(b.select(zero, ir.Constant(F32, 0.0), b.fdiv(ir.Constant(F32, LARGEST), largest)))
         # adding 1.5 · 2^23 leaves the nearest integer in the low bits, whatever the value
         shifted = [b.bitcast(code.fma(value, inverse, code.constant(ROUNDER)), vector(I32)) for value in values]
         integers = [b.sub(x, code.constant(ROUNDER_BITS, I32)) for x in shifted]
         for half, x in enumerate(integers):
-            code.store(b.trunc(x, vector(I8)), code.offset(codes, (g, GROUP), 16 * half))
+            high = b.ashr(b.add(x, code.constant(128, I32)), code.constant(8, I32))
+            code.store(b.trunc(high, vector(I8)), code.offset(codes, (g, 2 * GROUP), 16 * half))
+            code.store(b.trunc(x, vector(I8)), code.offset(codes, (g, 2 * GROUP), GROUP + 16 * half))
         total = code.reduce("add", b.add(*integers))
         code.store(scale, code.offset(scales, (g, 4)))
         with_mins = b.bitcast(b.fmul(b.sitofp(total, F32), scale), I32)
@@ -73,29 +76,28 @@ def make_tile(tokens, blocks, bits, has_mins, wide_scales):
                 b.store(b.fadd(b.load(slots[t, r]), before), slots[t, r])
         with cgutils.for_range(b, groups) as loop:
             g = loop.index
-            acts = [code.offset(act_codes, b.mul(groups, I64(GROUP * t)), (g, GROUP)) for t in range(tokens)]
+            acts = [code.offset(act_codes, b.mul(groups, I64(2 * GROUP * t)), (g, 2 * GROUP)) for t in range(tokens)]
             factors = [code.offset(b.mul(b.add(b.mul(groups, I64(t)), g), I64(4)), 0) for t in range(tokens)]
             weights = [code.offset(codes, b.mul(groups, I64(code_bytes * r)), (g, code_bytes)) for r in range(blocks)]
-            sums = {}
-            for t in range(tokens):
-                start = code.constant(0, I32)
+            units = [_unpack(code, w, bits) for w in weights]
+            sums = dict.fromkeys(cells, code.constant(0, I32))
+            _add_products(code, sums, units, acts, bits)
+            for t, r in cells:
+                sums[t, r] = b.shl(sums[t, r], code.constant(8, I32))
                 if not has_mins:
-                    start = code.splat_load(b.add(act_sums, factors[t]), I32)
-                for r in range(blocks):
-                    sums[t, r] = start
-            for step in range(bits):
-                _emit_step(code, sums, [code.offset(w, 64 * step) for w in weights], acts, step, bits)
+                    sums[t, r] = b.add(sums[t, r], code.splat_load(b.add(act_sums, factors[t]), I32))
+            _add_products(code, sums, units, [code.offset(act, GROUP) for act in acts], bits)
             for r in range(blocks):
                 at = b.add(b.mul(groups, I64(scale_bytes * r)), b.mul(g, I64(scale_bytes)))
                 scale = code.load_floats(b.add(scales, at), scale_type)
-                low = code.load_floats(b.add(mins, at), scale_type) if has_mins else None
+                offset = code.load_floats(b.add(mins, at), scale_type) if has_mins else None
                 for t in range(tokens):
                     product = b.fmul(
                         b.sitofp(sums[t, r], vector(F32)), code.splat_load(b.add(act_scales, factors[t]), F32)
                     )
                     value = code.fma(product, scale, b.load(slots[t, r]))
                     if has_mins:
-                        value = code.fma(low, code.splat_load(b.add(act_sums, factors[t]), F32), value)
+                        value = code.fma(offset, code.splat_load(b.add(act_sums, factors[t]), F32), value)
                     b.store(value, slots[t, r])
         for t, r in cells:
             code.store(b.load(slots[t, r]), code.offset(out, (out_stride, t), 64 * r))
@@ -103,57 +105,60 @@ def make_tile(tokens, blocks, bits, has_mins, wide_scales):
     return emitted(emit)
 
 
-def _emit_step(code, sums, weights, acts, step, bits):
-    """64 bytes of each row block: 4 inputs of 16 rows, or 8 when they are nibbles."""
-    parts = []  # (offset of the inputs in the group, codes of each row block)
-    loaded = [code.load(w, vector(I8, 64)) for w in weights]
-    if bits == 4:
-        parts.append((4 * step, [code.b.and_(x, code.constant(15, I8, 64)) for x in loaded]))
-        parts.append((16 + 4 * step, [code.b.lshr(x, code.constant(4, I8, 64)) for x in loaded]))
-    else:
-        parts.append((4 * step, loaded))
-    for at, unpacked in parts:
+def _unpack(code, weights, bits):
+    """A group of one row block: 8 vectors, each of 4 inputs of 16 rows, in the order of the inputs."""
+    loaded = [code.load(code.offset(weights, 64 * step), vector(I8, 64)) for step in range(bits)]
+    if bits == 8:
+        return loaded
+    words = [code.b.bitcast(x, vector(I32)) for x in loaded]  # LLVM shifts bytes by a slow instruction
+    nibbles = code.constant(15, I8, 64)
+    high = [code.b.bitcast(code.b.lshr(x, code.constant(4, I32)), vector(I8, 64)) for x in words]
+    return [code.b.and_(x, nibbles) for x in loaded + high]
+
+
+def _add_products(code, sums, units, acts, bits):
+    for step in range(GROUP // 4):
         for t, act in enumerate(acts):
-            quad = code.b.bitcast(code.splat_load(code.offset(act, at), I32), vector(I8, 64))
-            for r, w in enumerate(unpacked):
-                sums[t, r] = code.dot4(sums[t, r], w, quad, bits)
+            quad = code.b.bitcast(code.splat_load(code.offset(act, 4 * step), I32), vector(I8, 64))
+            for r, unit in enumerate(units):
+                sums[t, r] = code.dot4(sums[t, r], unit[step], quad, bits)
 
 
-def _make_any_tile(kind):
-    """The tile of two row blocks for 1 to MAX_TOKENS tokens."""
-    tile1, tile2, tile3, tile4, tile5, tile6 = (make_tile(t, 2, *kind) for t in range(1, MAX_TOKENS + 1))
+def _make_pair_of_blocks(kind):
+    """Two row blocks for 8, 4, 2 or 1 tokens. Many tokens take the blocks one by one: a group's unpacked codes and the
+    sums of both would not fit the registers; few take them together, which keeps more loads in flight."""
+    tile8, tile4, tile2, tile1 = (make_tile(t, b, *kind) for t, b in ((8, 1), (4, 1), (2, 2), (1, 2)))
 
     @njit(error_model="numpy")
-    def tile(size, arguments):
-        if size == 6:
-            tile6(arguments)
-        elif size == 5:
-            tile5(arguments)
+    def multiply(size, first, second):
+        """`first` and `second` are the arguments of either block's tile; those of the first serve for both."""
+        if size == 8:
+            tile8(first)
+            tile8(second)
         elif size == 4:
-            tile4(arguments)
-        elif size == 3:
-            tile3(arguments)
+            tile4(first)
+            tile4(second)
         elif size == 2:
-            tile2(arguments)
+            tile2(first)
         else:
-            tile1(arguments)
+            tile1(first)
 
-    return tile
+    return multiply
 
 
 def make_phases(bits, has_mins, wide_scales):
     """(quantize, multiply, quantize_one): the halves of a linear layer, shared by a region's threads, and one row's."""
     code_bytes, scale_bytes = 64 * bits, ROWS * (4 if wide_scales else 2)
     kind = (bits, has_mins, wide_scales)
-    tile, edge = _make_any_tile(kind), make_tile(1, 1, *kind)
+    pair_of_blocks, edge = _make_pair_of_blocks(kind), make_tile(1, 1, *kind)
     mins_flag = 1 if has_mins else 0
 
     @njit(error_model="numpy")
     def quantize_one(row, t, tokens, groups, zero_point, workspace):
         """Token t's row of fp32 into the workspace."""
-        scales = workspace + tokens * groups * GROUP + t * groups * 4
+        scales = workspace + tokens * groups * 2 * GROUP + t * groups * 4
         sums = scales + tokens * groups * 4
-        quantize_row((row, groups, workspace + t * groups * GROUP, scales, sums, zero_point, mins_flag))
+        quantize_row((row, groups, workspace + t * groups * 2 * GROUP, scales, sums, zero_point, mins_flag))
 
     @njit(error_model="numpy")
     def quantize(me, threads, x, tokens, groups, zero_point, workspace):
@@ -163,10 +168,9 @@ def make_phases(bits, has_mins, wide_scales):
 
     @njit(error_model="numpy")
     def multiply(me, threads, workspace, tokens, groups, row_blocks, codes, scales, mins, bias, out, accumulate):
-        act_scales = workspace + tokens * groups * GROUP
+        act_scales = workspace + tokens * groups * 2 * GROUP
         act_sums = act_scales + tokens * groups * 4
         stride = row_blocks * ROWS * 4
-        tiles = (tokens + MAX_TOKENS - 1) // MAX_TOKENS
         first, last = share((row_blocks + 1) // 2, me, threads)
         for pair in range(first, last):
             block = 2 * pair
@@ -174,18 +178,26 @@ def make_phases(bits, has_mins, wide_scales):
             s = scales + block * groups * scale_bytes
             m = mins + block * groups * scale_bytes
             bias_at = bias + block * 64 if bias != 0 else 0
-            if block + 1 == row_blocks:
-                for t in range(tokens):
-                    a, g = workspace + t * groups * GROUP, t * groups * 4
-                    o = out + t * stride + block * 64
-                    edge((w, s, m, a, act_scales + g, act_sums + g, groups, bias_at, o, stride, accumulate))
-                continue
-            for i in range(tiles):
-                t, end = share(tokens, i, tiles)
-                a, g = workspace + t * groups * GROUP, t * groups * 4
+            next_bias = bias_at + 64 if bias != 0 else 0
+            t = 0
+            while t < tokens:
+                a, g = workspace + t * groups * 2 * GROUP, t * groups * 4
                 o = out + t * stride + block * 64
-                arguments = (w, s, m, a, act_scales + g, act_sums + g, groups, bias_at, o, stride, accumulate)
-                tile(end - t, arguments)
+                rest = (a, act_scales + g, act_sums + g, groups)
+                one = (w, s, m, *rest, bias_at, o, stride, accumulate)
+                if block + 1 == row_blocks:
+                    edge(one)
+                    t += 1
+                    continue
+                size = 1
+                while 2 * size <= min(tokens - t, MAX_TOKENS):
+                    size *= 2
+                two = (
+                    *(w + groups * code_bytes, s + groups * scale_bytes, m + groups * scale_bytes, *rest),
+                    *(next_bias, o + 64, stride, accumulate),
+                )
+                pair_of_blocks(size, one, two)
+                t += size
 
     return quantize, multiply, quantize_one
 

@@ -16,14 +16,30 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from octavo.kernels.spec import AttentionSpec, AttentionTensors  # noqa: E402
-from octavo.kernels.triton import flash_bwd, flash_fwd, mla_decode  # noqa: E402
+from octavo.kernels.spec import AttentionSpec, AttentionTensors, HeadNorm, InputNorm, Rotary, Routing  # noqa: E402  # noqa: E402
+from octavo.kernels.triton import (  # noqa: E402
+    flash_bwd,
+    flash_fwd,
+    gated_activation,
+    linear_small_batch,
+    mla_decode,
+    moe,
+    norm,
+    rotary_cache,
+    sampling,
+)
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"),
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),  # Triton 3.9 announces a default of 3.10
 ]
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 SHARED_LIMIT = {90: 227 * 1024, 80: 99 * 1024}  # of sm_86 and sm_89, which share sm_80's tiles
 SM90 = 90
 
@@ -152,3 +168,92 @@ def test_every_input_at_once_fits_the_smallest_shared_memory(monkeypatch, head_d
     flash_bwd.flash_bwd(v, x, x, v, v, tensor(1, 4, 512, dtype=torch.float32), spec, t)
     for launch in launches.calls:
         assert compile_launch(launch, 80).metadata.shared <= SHARED_LIMIT[80], launch[0].__name__
+
+
+FUSED = (norm, gated_activation, rotary_cache, linear_small_batch, moe, sampling)
+
+
+def fused_launches(monkeypatch, early):
+    """A list that notes the launches of all fused kernels, launched early or not."""
+    calls = []
+
+    class Noting:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: calls.append((self.kernel, args, kwargs))
+
+    for module in FUSED:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Noting(getattr(module, name)))
+        options = {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
+        monkeypatch.setattr(module, "early_launch_options", lambda device, options=options: options)
+    return calls
+
+
+def launch_small_fused_kernels():
+    long, full = torch.int64, torch.float32
+    norm.add_rms_norm(tensor(4, 4096), tensor(4, 4096), tensor(4096), 1e-6, False)
+    gated_activation.gated_activation(tensor(4, 6144), "gelu_pytorch_tanh")
+    cache, slots = tensor(10, 16, 8, 128), tensor(4, dtype=long)
+    turns, norms = tensor(4, 64, dtype=full), HeadNorm(tensor(128), tensor(128), 1e-6, True)
+    rotary_cache.rotate_and_store(tensor(4, 6144), 32, Rotary(turns, turns, False), norms, cache, cache, slots)
+    turns = tensor(4, 32, dtype=full)
+    latent = tensor(4, 576), tensor(4, 16, 192), tensor(4, 16, 576), tensor(512), 1e-6
+    rotary_cache.rotate_and_store_latent(*latent, Rotary(turns, turns, True), tensor(10, 64, 576), slots)
+    moe.route(tensor(4, 256, dtype=full), tensor(256, dtype=full), Routing(8, "sigmoid", 8, 4, True, 2.5))
+
+
+def launch_fused_products():
+    for rows in (1, 8):
+        x, residual, input_norm = tensor(rows, 4096), tensor(rows, 4096), InputNorm(tensor(4096), 1e-6, False)
+        linear_small_batch.linear_small_batch(x, tensor(4096, 4096), None, None, None, residual, torch.bfloat16)
+        linear_small_batch.linear_small_batch(x, tensor(8192, 4096), None, input_norm, "silu", None, torch.bfloat16)
+    gate_up, down = tensor(64, 2 * 1408, 2048), tensor(64, 2048, 1408)
+    for tokens in (1, 32, 256, 512, 2048):
+        x, weights = tensor(tokens, 2048), tensor(tokens, 6, dtype=torch.float32)
+        moe.mix_experts(x, weights, tensor(tokens, 6, dtype=torch.int64), gate_up, down, "silu", x)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_small_fused_kernels_load_whole_lines_and_do_not_spill(monkeypatch, tmp_path, capability):
+    calls = fused_launches(monkeypatch, early=capability == SM90)
+    launch_small_fused_kernels()
+    assert len(calls) == 5
+    for launch in calls:
+        sass, stack = inspect(compile_launch(launch, capability), tmp_path / "kernel.cubin")
+        assert stack == 0, launch[0].__name__
+        assert "STG.E" in sass
+        assert ("ACQBULK" in sass) == (capability == SM90), "waits for the kernel before exactly where it may run early"
+
+
+def test_fused_products_stream_their_weights_and_do_not_spill(monkeypatch, tmp_path):
+    calls = fused_launches(monkeypatch, early=True)
+    launch_fused_products()
+    seen = set()
+    for launch in calls:
+        name = launch[0].__name__
+        seen.add(name)
+        compiled = compile_launch(launch, SM90)
+        sass, stack = inspect(compiled, tmp_path / "kernel.cubin")
+        assert stack == 0, name
+        assert compiled.metadata.shared <= SHARED_LIMIT[SM90], name
+        if name in ("gemv_kernel", "pair_gate_up_kernel", "pair_down_kernel"):
+            assert "LDG.E.EF.128" in sass, "16 bytes a thread, first out of the cache"
+        elif name != "combine_kernel" and name != "sort_kernel":
+            assert "LDGSTS" in sass, f"{name} copies asynchronously"
+            assert "HGMMA" in sass or "HMMA" in sass, name
+    assert seen == {
+        "gemv_kernel", "gemv_dot_kernel", "pair_gate_up_kernel", "pair_down_kernel", "sort_kernel",
+        "grouped_gate_up_kernel", "grouped_down_kernel", "combine_kernel",
+    }  # fmt: skip
+
+
+def test_the_sampler_compiles(monkeypatch, tmp_path):
+    calls = fused_launches(monkeypatch, early=True)
+    rows = [tensor(9, dtype=dtype) for dtype in (torch.float32, torch.int32, *[torch.float32] * 2, *[torch.int64] * 2)]
+    sampling.sample_on_device(tensor(9, 151936, dtype=torch.float32), *rows)
+    sass, stack = inspect(compile_launch(calls[0], SM90), tmp_path / "kernel.cubin")
+    assert "LDG.E.128" in sass
+    assert stack <= 32  # a few scalars, outside of the loops over the vocabulary

@@ -25,7 +25,7 @@ from octavo.engine.request import Sequence as SequenceState
 from octavo.engine.sampling_math import argmax, derive_seed, sample_softmax, sample_truncated, uniforms
 from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
 from octavo.engine.step import ScheduledSequence, TopLogprobs
-from octavo.engine.transfer import to_device
+from octavo.engine.transfer import Readback, to_device
 
 Tensor = torch.Tensor
 
@@ -58,6 +58,7 @@ class _Batch:
     sequences: list[SequenceState]
     expand: Tensor | None  # (rows,) entry of each row, when some entry samples more than once
     wishes: list[_LogprobWish]
+    wish_rows: Tensor  # of the wishes
     rules: list[tuple[int, TokenRules]]
     penalised: "_PenalisedRows | None"
     random: "_RandomRows | None"
@@ -91,11 +92,22 @@ class _RandomRows:
 
 
 @dataclass(frozen=True, slots=True)
+class _DrawnLogprobs:
+    """Of the rows that wish them, on their way to the host: the drawn tokens', their ranks, and the likeliest."""
+
+    wishes: list[_LogprobWish]
+    own: Readback
+    ranks: Readback
+    top: Readback
+    top_ids: Readback
+
+
+@dataclass(frozen=True, slots=True)
 class DrawnTokens:
     """tokens (rows,) int64 on the device, and what is needed to report them."""
 
     tokens: Tensor
-    reports: list[tuple[_LogprobWish, Tensor]]
+    logprobs: _DrawnLogprobs | None
     penalised: _PenalisedRows | None
 
 
@@ -165,19 +177,20 @@ class Sampler:
         batch = self._batch
         if batch.expand is not None:
             logits = logits[batch.expand]
-        reports = self._raw_logprobs(logits, batch.wishes) if batch.wishes else []
+        wished = self._raw_logprobs(logits, batch) if batch.wishes else None
         self._apply_rules(logits, batch, token_bitmasks)
         if (penalised := batch.penalised) is not None:
             self._penalties.apply(logits, penalised.rows_tensor, penalised.table_rows, penalised.penalties)
-        return DrawnTokens(self._draw(logits, batch), reports, penalised)
+        tokens = self._draw(logits, batch)
+        return DrawnTokens(tokens, None if wished is None else _drawn_logprobs(wished, tokens, batch), penalised)
 
     def report(self, drawn: "DrawnTokens", token_ids: list[int]) -> SampledTokens:
         """What the scheduler records of them; `token_ids` are theirs, read back. In the order of the draws."""
         if (penalised := drawn.penalised) is not None:
             self._penalties.record(penalised.table_rows, np.array(token_ids, dtype=np.int64)[penalised.rows])
-        if not drawn.reports:
+        if drawn.logprobs is None:
             return SampledTokens(token_ids, None, {})
-        return _report(token_ids, drawn.reports)
+        return _report(token_ids, drawn.logprobs)
 
     def _apply_rules(self, logits: Tensor, batch: _Batch, token_bitmasks: Mapping[int, Tensor] | None) -> None:
         for row, rules in batch.rules:
@@ -215,15 +228,17 @@ class Sampler:
             sequences = [entries[i].seq for i in index]
             expand = torch.tensor(index, dtype=torch.int64, device=self._device)
         slots = self._keep_slots(sequences, candidates)
+        wishes = [
+            _LogprobWish(row, slot.num_logprobs, slot.logprob_temperature)
+            for row, slot in enumerate(slots)
+            if slot.num_logprobs is not None
+        ]
         return _Batch(
             entries=entries,
             sequences=sequences,
             expand=expand,
-            wishes=[
-                _LogprobWish(row, slot.num_logprobs, slot.logprob_temperature)
-                for row, slot in enumerate(slots)
-                if slot.num_logprobs is not None
-            ],
+            wishes=wishes,
+            wish_rows=to_device(np.array([wish.row for wish in wishes], dtype=np.int64), self._device),
             rules=[(row, slot.rules) for row, slot in enumerate(slots) if slot.rules is not None],
             penalised=self._penalised_rows(slots),
             random=self._random_rows(slots),
@@ -321,11 +336,20 @@ class Sampler:
 
     # ---- log probabilities ---------------------------------------------------------------------------------------
 
-    def _raw_logprobs(self, logits: Tensor, wishes: list[_LogprobWish]) -> list[tuple[_LogprobWish, Tensor]]:
-        rows = logits[[wish.row for wish in wishes]]
-        if any(wish.temperature != 1 for wish in wishes):
-            rows = rows / torch.tensor([[wish.temperature] for wish in wishes], device=self._device)
-        return list(zip(wishes, rows.log_softmax(-1), strict=True))
+    def _raw_logprobs(self, logits: Tensor, batch: _Batch) -> Tensor:
+        """(wishes, V), before any rule."""
+        rows = logits[batch.wish_rows]
+        if any(wish.temperature != 1 for wish in batch.wishes):
+            temperatures = np.array([[wish.temperature] for wish in batch.wishes], dtype=np.float32)
+            rows = rows / to_device(temperatures, self._device)
+        return rows.log_softmax(-1)
+
+
+def _drawn_logprobs(logprobs: Tensor, tokens: Tensor, batch: _Batch) -> _DrawnLogprobs:
+    own = logprobs.gather(1, tokens[batch.wish_rows][:, None])
+    ranks = (logprobs > own).sum(1) + 1
+    top, top_ids = logprobs.topk(max(wish.count for wish in batch.wishes))
+    return _DrawnLogprobs(batch.wishes, *map(Readback, (own[:, 0], ranks, top, top_ids)))
 
 
 def _num_sampled_tokens(sequences: list[SequenceState]) -> NDArray[np.int64]:
@@ -366,9 +390,11 @@ def token_logprobs(token_id: int, logprob: float, top: TopLogprobs) -> dict[int,
     return result
 
 
-def _report(token_ids: list[int], reports: list[tuple[_LogprobWish, Tensor]]) -> SampledTokens:
+def _report(token_ids: list[int], drawn: _DrawnLogprobs) -> SampledTokens:
     logprobs = [0.0] * len(token_ids)
     top = {}
-    for wish, row in reports:
-        logprobs[wish.row], top[wish.row] = top_logprobs(row, token_ids[wish.row], wish.count)
+    columns = (drawn.own.wait(), drawn.ranks.wait(), drawn.top.wait(), drawn.top_ids.wait())
+    for wish, own, rank, values, ids in zip(drawn.wishes, *columns, strict=True):
+        logprobs[wish.row] = own
+        top[wish.row] = TopLogprobs(ids[: wish.count], values[: wish.count], rank)
     return SampledTokens(token_ids, logprobs, top)

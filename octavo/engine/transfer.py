@@ -4,6 +4,8 @@ A copy from ordinary memory makes the host wait until the device has come to it;
 kernel. On a CPU both functions are free.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,18 +20,19 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 
 
 class Readback:
-    """A tensor of token ids on its way to the host."""
+    """A tensor on its way to the host."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self._host, self._arrived = tokens, None
-        if tokens.is_cuda:
-            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._host.copy_(tokens, non_blocking=True)
+    def __init__(self, tensor: Tensor) -> None:
+        self._host, self._arrived = tensor, None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
-    def wait(self) -> list[int]:
+    def wait(self) -> list[Any]:
+        """Its values, as nested lists."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        ids: list[int] = self._host.tolist()
-        return ids
+        values: list[Any] = self._host.tolist()
+        return values

@@ -18,6 +18,8 @@ from octavo.kernels.spec import Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
 
 CAPACITY = 2048
+FEW_ROWS = 32  # up to which a row that does not truncate is shared by PARTS programs; only two kernels to compile
+PARTS = 16
 
 
 @triton.jit
@@ -57,13 +59,14 @@ def _entries(source, start, i, count):
 
 
 @triton.jit
-def _draw(source, ids, gathered, count, inverse_t, floor, key_a, key_b, noise, BLOCK: tl.constexpr):
-    """The token of the largest x / T − log(noise) among the entries at or above floor, the lowest among equals."""
+def _draw(source, ids, gathered, first, count, inverse_t, floor, key_a, key_b, noise, BLOCK: tl.constexpr):
+    """The largest x / T − log(noise) of entries first … count - 1 at or above floor, and its token, the lowest among
+    equals."""
     i = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_token = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
-    following = _entries(source, 0, i, count)
-    for start in range(0, count, BLOCK):
+    following = _entries(source, first, i, count)
+    for start in range(first, count, BLOCK):
         x = following
         following = _entries(source, start + BLOCK, i, count)
         token = start + i
@@ -78,7 +81,7 @@ def _draw(source, ids, gathered, count, inverse_t, floor, key_a, key_b, noise, B
         best = tl.where(better, score, best)
         best_token = tl.where(better, token, best_token)
     top = tl.max(best, 0)
-    return tl.min(tl.where(best == top, best_token, 0x7FFFFFFF), 0)
+    return top, tl.min(tl.where(best == top, best_token, 0x7FFFFFFF), 0)
 
 
 @triton.jit
@@ -168,10 +171,12 @@ def _gather(source, count, threshold, to_x, to_ids, BLOCK: tl.constexpr):
 
 @triton.jit
 def sample_kernel(
-    logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, scratch, scratch_ids, vocab, stride,
+    logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, part_scores, part_tokens, scratch, scratch_ids,
+    vocab, part_size, stride, PARTS: tl.constexpr,
     CAPACITY: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEARCH: tl.constexpr,
 ):  # fmt: skip
-    """Row `pid` of logits (N, vocab); scratch (N, CAPACITY) of logits' dtype, scratch_ids (N, CAPACITY) int32."""
+    """Row `pid` of logits (N, vocab), which PARTS programs share where it does not truncate; one of them does it alone
+    where it does. scratch (N, CAPACITY) of logits' dtype, scratch_ids (N, CAPACITY) int32."""
     r = tl.program_id(0).to(tl.int64)
     row = logits + r * stride
     if PDL:
@@ -185,33 +190,72 @@ def sample_kernel(
     greedy = t < 1e-5
     inverse_t = tl.where(greedy, 1.0, 1.0 / tl.maximum(t, 1e-5))
     key_a, key_b = _row_keys(tl.load(seeds + r), tl.load(positions + r))
+    part = tl.program_id(1)
     if greedy | ((k == vocab) & (p >= 1.0) & (least <= 0.0)):
-        token = _draw(row, scratch_ids, False, vocab, inverse_t, float("-inf"), key_a, key_b, t >= 1e-5, BLOCK)
+        first = part * part_size
+        end = tl.minimum(first + part_size, vocab)
+        everything = float("-inf")
+        score, token = _draw(
+            row, scratch_ids, False, first, end, inverse_t, everything, key_a, key_b, t >= 1e-5, BLOCK
+        )  # fmt: skip
+    else:
+        score = tl.full((), float("-inf"), tl.float32)
+        token = tl.full((), 0x7FFFFFFF, tl.int32)
+        if part == 0:
+            token = _draw_truncated(
+                row, scratch + r * CAPACITY, scratch_ids + r * CAPACITY, vocab, t, inverse_t, k, p, least, key_a, key_b,
+                CAPACITY, SPLITS, BLOCK, BLOCK_SEARCH,
+            )  # fmt: skip
+            score = tl.full((), float("inf"), tl.float32)
+    if PARTS == 1:
         tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
     else:
-        top, bottom = _range(row, vocab, BLOCK)
-        floor = bottom
-        if least > 0.0:
-            floor = tl.maximum(floor, top + t * tl.log(least))
-        if (k < vocab) | (p < 1.0):
-            j = tl.arange(0, SPLITS).to(tl.float32)
-            unit = tl.maximum(t, 0.5) * 0.3
-            thresholds = tl.maximum(top - unit * (j + 1.0) * (j + 2.0), floor)
-            number, mass, total = _weigh(row, vocab, thresholds, top, inverse_t, floor, SPLITS, BLOCK_SEARCH)
-            enough = tl.where(k < vocab, number >= k.to(tl.float32), mass >= p * total) | (thresholds <= floor)
-            tightest = tl.max(tl.where(enough & (number <= CAPACITY), thresholds, float("-inf")), 0)
-            if tightest > float("-inf"):
-                found = scratch + r * CAPACITY
-                ids = scratch_ids + r * CAPACITY
-                count = _gather(row, vocab, tightest, found, ids, BLOCK_SEARCH)
-                floor = _truncate(found, count, k, p, tightest, top, inverse_t, total, vocab, SPLITS, BLOCK_SEARCH)
-                token = _draw(found, ids, True, count, inverse_t, floor, key_a, key_b, True, BLOCK_SEARCH)
-            else:
-                floor = _truncate(row, vocab, k, p, floor, top, inverse_t, total, vocab, SPLITS, BLOCK_SEARCH)
-                token = _draw(row, scratch_ids, False, vocab, inverse_t, floor, key_a, key_b, True, BLOCK_SEARCH)
-        else:
-            token = _draw(row, scratch_ids, False, vocab, inverse_t, floor, key_a, key_b, True, BLOCK_SEARCH)
-        tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
+        tl.store(part_scores + r * PARTS + part, score)
+        tl.store(part_tokens + r * PARTS + part, token)
+
+
+@triton.jit
+def best_part_kernel(part_scores, part_tokens, tokens, vocab, PARTS: tl.constexpr, PDL: tl.constexpr):
+    """The token of the best part of each row, the lowest among equals."""
+    r = tl.program_id(0)
+    i = tl.arange(0, PARTS)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    score = tl.load(part_scores + r * PARTS + i)
+    token = tl.load(part_tokens + r * PARTS + i)
+    token = tl.min(tl.where(score == tl.max(score, 0), token, 0x7FFFFFFF), 0)
+    tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
+
+
+@triton.jit
+def _draw_truncated(
+    row, found, ids, vocab, t, inverse_t, k, p, least, key_a, key_b,
+    CAPACITY: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEARCH: tl.constexpr,
+):  # fmt: skip
+    """A token of one row (vocab,); found and ids (CAPACITY,) are room for its likely entries."""
+    top, bottom = _range(row, vocab, BLOCK)
+    floor = bottom
+    if least > 0.0:
+        floor = tl.maximum(floor, top + t * tl.log(least))
+    source = row
+    count = vocab
+    gathered = False
+    if (k < vocab) | (p < 1.0):
+        j = tl.arange(0, SPLITS).to(tl.float32)
+        unit = tl.maximum(t, 0.5) * 0.3
+        thresholds = tl.maximum(top - unit * (j + 1.0) * (j + 2.0), floor)
+        number, mass, total = _weigh(row, vocab, thresholds, top, inverse_t, floor, SPLITS, BLOCK_SEARCH)
+        enough = tl.where(k < vocab, number >= k.to(tl.float32), mass >= p * total) | (thresholds <= floor)
+        tightest = tl.max(tl.where(enough & (number <= CAPACITY), thresholds, float("-inf")), 0)
+        if tightest > float("-inf"):
+            count = _gather(row, vocab, tightest, found, ids, BLOCK_SEARCH)
+            floor = tightest
+            source = found
+            gathered = True
+        floor = _truncate(source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS, BLOCK_SEARCH)
+    _, token = _draw(source, ids, gathered, 0, count, inverse_t, floor, key_a, key_b, True, BLOCK_SEARCH)
+    return token
 
 
 @triton.jit
@@ -240,12 +284,19 @@ def sample_on_device(
     """(N, V) → (N,) int64."""
     rows, vocab = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    if rows:
-        scratch = torch.empty((rows, CAPACITY), dtype=logits.dtype, device=logits.device)
-        scratch_ids = torch.empty((rows, CAPACITY), dtype=torch.int32, device=logits.device)
-        sample_kernel[(rows,)](
-            logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, scratch, scratch_ids, vocab,
-            logits.stride(0), CAPACITY=CAPACITY, SPLITS=8, BLOCK=8192, BLOCK_SEARCH=2048, num_warps=16,
-            **early_launch_options(logits.device),
-        )  # fmt: skip
+    if rows == 0:
+        return tokens
+    early = early_launch_options(logits.device)
+    scratch = torch.empty((rows, CAPACITY), dtype=logits.dtype, device=logits.device)
+    scratch_ids = torch.empty((rows, CAPACITY), dtype=torch.int32, device=logits.device)
+    parts = PARTS if rows <= FEW_ROWS else 1
+    scores = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)
+    part_tokens = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
+    sample_kernel[(rows, parts)](
+        logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, scores, part_tokens, scratch, scratch_ids,
+        vocab, triton.cdiv(triton.cdiv(vocab, parts), 16) * 16, logits.stride(0), PARTS=parts, CAPACITY=CAPACITY,
+        SPLITS=8, BLOCK=8192 if parts == 1 else 4096, BLOCK_SEARCH=2048, num_warps=16, **early,
+    )  # fmt: skip
+    if parts > 1:
+        best_part_kernel[(rows,)](scores, part_tokens, tokens, vocab, PARTS=parts, num_warps=1, **early)
     return tokens

@@ -65,6 +65,12 @@ def test_each_row_has_its_own_parameters_and_none_depends_on_its_place():
     assert torch.equal(sampling.sample_on_device(logits[order], *(x[order] for x in arguments)), tokens[order])
 
 
+def test_many_rows_are_not_shared_by_programs():
+    logits = torch.randn(sampling.FEW_ROWS + 1, 300) * 3
+    arguments = parameters(len(logits), temperature=torch.arange(len(logits)) % 3 * 0.5)
+    assert torch.equal(sampling.sample_on_device(logits, *arguments), reference.sample_on_device(logits, *arguments))
+
+
 def test_ties_masked_tokens_and_rows_that_do_not_fit_a_block():
     logits = torch.full((3, 77), float("-inf"))
     logits[:, [5, 30, 76]] = torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 0.0], [3.0, 3.0, -1.0]])

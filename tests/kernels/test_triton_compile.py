@@ -256,4 +256,4 @@ def test_the_sampler_compiles(monkeypatch, tmp_path):
     sampling.sample_on_device(tensor(9, 151936, dtype=torch.float32), *rows)
     sass, stack = inspect(compile_launch(calls[0], SM90), tmp_path / "kernel.cubin")
     assert "LDG.E.128" in sass
-    assert stack <= 32  # a few scalars, outside of the loops over the vocabulary
+    assert stack <= 64  # a few scalars, outside of the loops over the vocabulary

@@ -28,6 +28,8 @@ def rotate_and_store(
     """
     check_shape("k_cache", k_cache, ("num_blocks", "block_size", "Hkv", "D"))
     check_shape("v_cache", v_cache, tuple(k_cache.shape))
+    if not k_cache.is_floating_point() or k_cache.itemsize < 2:
+        raise ValueError(f"k_cache: expected a float of 16 bits or more, got {k_cache.dtype}; use store_kv_cache")
     num_kv_heads, head_dim = k_cache.shape[2:]
     check_shape("qkv", qkv, ("T", (num_heads + 2 * num_kv_heads) * head_dim))
     check_shape("slot_mapping", slot_mapping, (qkv.shape[0],))

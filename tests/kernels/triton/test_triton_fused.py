@@ -60,9 +60,9 @@ def slots(tokens, block_size=5):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("width", "rotary_dim"), [(32, 32), (24, 24), (40, 16), (16, 0)])
+@pytest.mark.parametrize(("width", "rotary_dim"), [(24, 24), (40, 16), (16, 0)])
 @pytest.mark.parametrize("norm_kind", [None, "plain", "unit_offset"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (8, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (8, 1)])
 def test_rotate_and_store(interleaved, width, rotary_dim, norm_kind, heads, kv_heads):
     tokens = 7
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * width + 3)[:, 1:-2]

@@ -17,7 +17,8 @@ A backend module exposes any of these functions under these names; `octavo.ops.d
     moe.route(logits, bias, routing) -> (weights, experts)
     moe.mix_experts(x, weights, experts, gate_up, down, activation, shared) -> out
     sampling.sample_on_device(logits, temperature, top_k, top_p, min_p, seeds, positions) -> tokens
-    rotary_cache.rotate_and_store_latent(latent, q, q_absorbed, weight, eps, rotary, kv_cache, slot_mapping) -> None
+    mla_projection.absorb_and_store(latent, q, up_k, norm_weight, eps, rotary, kv_cache, slot_mapping) -> q_absorbed
+    mla_projection.project_values(x, up_v) -> out
 
 and, beside each, `refuses_<op>(...) -> str | None` with the same arguments: the reason why this backend cannot take the
 call, or None when it can. A module may also have `plan_<op>(...) -> dict`, same arguments again: what it says of its

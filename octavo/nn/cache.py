@@ -100,20 +100,20 @@ class LayerLatentCache:
         """Write latent (T, R + rope) of the step's new tokens into their slots."""
         ops.store_latent_cache(latent, self.latent, metadata.slot_mapping)
 
-    def rotate_and_store(
+    def absorb_and_store(
         self,
         latent: Tensor,
         q: Tensor,
-        q_absorbed: Tensor,
+        up_k: Tensor,
         norm_weight: Tensor,
         norm_eps: float,
         rotary: Rotary,
         metadata: AttentionMetadata,
-    ) -> None:
-        """From the projections: latent (T, R + rope) normalised and turned into its slots; the rotary channels of q
-        (T, H, nope + rope) into those of q_absorbed (T, H, R + rope)."""
+    ) -> Tensor:
+        """From the projections: latent (T, R + rope), normalised and turned, goes into its slots; of q (T, H, nope +
+        rope) and up_k (H, nope, R) the absorbed queries (T, H, R + rope) come back."""
         slots = metadata.slot_mapping
-        ops.rotate_and_store_latent(latent, q, q_absorbed, norm_weight, rotary, self.latent, slots, eps=norm_eps)
+        return ops.absorb_and_store(latent, q, up_k, norm_weight, rotary, self.latent, slots, eps=norm_eps)
 
     def attend(
         self,

@@ -24,6 +24,7 @@ from octavo.nn.cache import LayerLatentCache
 from octavo.nn.linear import Linear
 from octavo.nn.norm import RMSNorm
 from octavo.nn.rotary import RotaryEmbedding, Rotation
+from octavo.ops.linear_small_batch import MOST_ROWS
 from octavo.ops.metadata import AttentionMetadata
 from octavo.ops.rotary_cache import Rotary
 
@@ -110,14 +111,15 @@ class MultiHeadLatentAttention(nn.Module):
 
         positions, rotation, norm and residual as in `MultiHeadAttention`. Returns the shape of x.
         """
-        if norm is not None:
-            x = norm(x)
+        absorbs = metadata is not None and not (metadata.starts_empty and metadata.max_seqlen_q > 1)
+        if norm is not None and not (absorbs and x.shape[0] <= MOST_ROWS):  # else in the projections of few rows
+            x, norm = norm(x), None
         if (kv_cache is None) != (metadata is None):
             raise ValueError("kv_cache and metadata go together: give both (generation) or neither (training)")
         if rotation is None:
             rotation = self.rope(positions_or_default(x, positions, metadata), metadata)
-        if kv_cache is not None and metadata is not None and not (metadata.starts_empty and metadata.max_seqlen_q > 1):
-            out = self._attend_cached(x, rotation, kv_cache, metadata)
+        if kv_cache is not None and metadata is not None and absorbs:
+            out = self._attend_cached(x, norm, rotation, kv_cache, metadata)
         else:
             latent, k_rope = self._latent(x, rotation)
             if kv_cache is not None and metadata is not None:
@@ -131,9 +133,12 @@ class MultiHeadLatentAttention(nn.Module):
         q = self._query_heads(x)
         return q[..., : self.nope_head_dim], self.rope.rotate(q[..., self.nope_head_dim :], rotation)
 
-    def _query_heads(self, x: Tensor) -> Tensor:
-        """(…, H, nope + rope), not yet turned."""
-        q = self.q_proj_up(self.q_norm(self.q_proj_down(x))) if self.compresses_q else self.q_proj(x)
+    def _query_heads(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """(…, H, nope + rope) of norm(x), not yet turned."""
+        if self.compresses_q:
+            q = self.q_proj_up(self.q_proj_down(x, norm=norm), norm=self.q_norm)
+        else:
+            q = self.q_proj(x, norm=norm)
         heads: Tensor = q.unflatten(-1, (self.n_heads, -1))
         return heads
 
@@ -157,7 +162,12 @@ class MultiHeadLatentAttention(nn.Module):
         return cast(Tensor, ops.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options))
 
     def _attend_cached(
-        self, x: Tensor, rotation: Rotation, kv_cache: LayerLatentCache, metadata: AttentionMetadata
+        self,
+        x: Tensor,
+        norm: RMSNorm | None,
+        rotation: Rotation,
+        kv_cache: LayerLatentCache,
+        metadata: AttentionMetadata,
     ) -> Tensor:
         """The absorbed form: all heads read one latent per token; the up-projections act on queries and outputs,
         (T, H, v)."""
@@ -166,28 +176,19 @@ class MultiHeadLatentAttention(nn.Module):
         up = weight.view(self.n_heads, -1, self.kv_rank)
         up_k, up_v = up[:, : self.nope_head_dim], up[:, self.nope_head_dim :]
         if ops.fuses(x, *(self.parameters() if torch.is_grad_enabled() else ())):  # walking them takes its time
-            q = self._store_fused(x, up_k, rotation, kv_cache, metadata)
+            rotary = Rotary(*rotation, self.rope.interleaved)
+            kv_norm, latent = self.kv_norm, self.kv_proj(x, norm=norm)
+            q = self._query_heads(x, norm)
+            q = kv_cache.absorb_and_store(latent, q, up_k, kv_norm.weight, kv_norm.eps, rotary, metadata)
         else:
+            x = x if norm is None else norm(x)
             q_nope, q_rope = self._queries(x, rotation)
             kv_cache.store(torch.cat(self._latent(x, rotation), dim=-1), metadata)
             q = torch.cat((torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1), q_rope), dim=-1)
         out = kv_cache.attend(
             q, metadata, head_dim_v=self.kv_rank, softmax_scale=self.softmax_scale, backend=self.backend
         )
-        return torch.bmm(out.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
-
-    def _store_fused(
-        self, x: Tensor, up_k: Tensor, rotation: Rotation, kv_cache: LayerLatentCache, metadata: AttentionMetadata
-    ) -> Tensor:
-        """The absorbed queries (T, H, R + rope), made in place; the new tokens are in the cache."""
-        heads = self._query_heads(x)
-        q = x.new_empty(*heads.shape[:2], self.kv_rank + self.rope_head_dim)
-        nope = heads[..., : self.nope_head_dim].transpose(0, 1)
-        torch.bmm(nope, up_k, out=q[..., : self.kv_rank].transpose(0, 1))
-        rotary = Rotary(*rotation, self.rope.interleaved)
-        norm = self.kv_norm
-        kv_cache.rotate_and_store(self.kv_proj(x), heads, q, norm.weight, norm.eps, rotary, metadata)
-        return q
+        return ops.project_values(out, up_v)
 
     def new_cache(
         self,

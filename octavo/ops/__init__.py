@@ -18,6 +18,8 @@ from octavo.ops.metadata import AttentionMetadata as AttentionMetadata
 from octavo.ops.mla import flash_mla_with_kvcache as flash_mla_with_kvcache
 from octavo.ops.mla import get_mla_metadata as get_mla_metadata
 from octavo.ops.mla import mla_attention as mla_attention
+from octavo.ops.mla_projection import absorb_and_store as absorb_and_store
+from octavo.ops.mla_projection import project_values as project_values
 from octavo.ops.moe import mix_experts as mix_experts
 from octavo.ops.moe import route as route
 from octavo.ops.norm import add_rms_norm as add_rms_norm
@@ -26,5 +28,4 @@ from octavo.ops.paged import paged_attention as paged_attention
 from octavo.ops.paged import store_kv_cache as store_kv_cache
 from octavo.ops.paged import store_latent_cache as store_latent_cache
 from octavo.ops.rotary_cache import rotate_and_store as rotate_and_store
-from octavo.ops.rotary_cache import rotate_and_store_latent as rotate_and_store_latent
 from octavo.ops.sampling import sample_on_device as sample_on_device

@@ -34,41 +34,13 @@ def rotate_and_store(
     check_shape("qkv", qkv, ("T", (num_heads + 2 * num_kv_heads) * head_dim))
     check_shape("slot_mapping", slot_mapping, (qkv.shape[0],))
     if rotary is not None:
-        _check_rotary(rotary, qkv.shape[0], head_dim)
+        check_rotary(rotary, qkv.shape[0], head_dim)
     arguments = (qkv, num_heads, rotary, norm, k_cache, v_cache, slot_mapping)
     return cast(Tensor, inference.run("rotate_and_store", reference.rotate_and_store, arguments))
 
 
-def rotate_and_store_latent(
-    latent: Tensor,
-    q: Tensor,
-    q_absorbed: Tensor,
-    weight: Tensor,
-    rotary: Rotary,
-    kv_cache: Tensor,
-    slot_mapping: Tensor,
-    *,
-    eps: float = 1e-6,
-) -> None:
-    """MLA's part, in place and without gradient.
-
-    latent (T, R + rope): its first R channels, normalised by weight (R,), and the rest, turned, go into the slots of
-    kv_cache (num_blocks, block_size, R + rope). The last rope channels of q (T, H, nope + rope), turned, go into the
-    last of q_absorbed (T, H, R + rope).
-    """
-    check_shape("latent", latent, ("T", "R + rope"))
-    tokens, width = latent.shape
-    check_shape("weight", weight, ("R",))
-    check_shape("q", q, (tokens, "H", "nope + rope"))
-    check_shape("q_absorbed", q_absorbed, (tokens, q.shape[1], width))
-    check_shape("kv_cache", kv_cache, ("num_blocks", "block_size", width))
-    check_shape("slot_mapping", slot_mapping, (tokens,))
-    _check_rotary(rotary, tokens, width - weight.shape[0])
-    arguments = (latent, q, q_absorbed, weight, eps, rotary, kv_cache, slot_mapping)
-    inference.run("rotate_and_store_latent", reference.rotate_and_store_latent, arguments, q, weight)
-
-
-def _check_rotary(rotary: Rotary, tokens: int, head_dim: int) -> None:
+def check_rotary(rotary: Rotary, tokens: int, head_dim: int) -> None:
+    """Raise `ValueError` unless there are angles for each token, and not too many for a head."""
     check_shape("rotary.cos", rotary.cos, (tokens, "rotary_dim / 2"))
     check_shape("rotary.sin", rotary.sin, tuple(rotary.cos.shape))
     if 2 * rotary.cos.shape[1] > head_dim:

@@ -92,6 +92,21 @@ def test_rotate_and_store(interleaved, width, rotary_dim):
     check(op, qkv, None, None)
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_projections_of_latent_attention(tokens):
+    heads, rank, nope, rope, width = 16, 512, 128, 64, 128
+    turns = torch.rand(tokens, rope // 2, device=DEVICE) * 9
+    rotary, slots = Rotary(turns.cos(), turns.sin(), True), torch.randperm(32, device=DEVICE)[:tokens]
+
+    def op(latent, q, up_k, weight, rotary):
+        cache = torch.full((4, 8, rank + rope), 7, dtype=q.dtype, device=DEVICE)
+        return ops.absorb_and_store(latent, q, up_k, weight, rotary, cache, slots), cache
+
+    up = randn(heads, nope + width, rank) / nope**0.5
+    check(op, randn(tokens, rank + rope), randn(tokens, heads, nope + rope), up[:, :nope], randn(rank), rotary)
+    check(ops.project_values, randn(tokens, heads, rank), up[:, nope:])
+
+
 ROUTINGS = [
     (64, Routing(6, "softmax", 1, 1, False, 1.0), False),
     (160, Routing(6, "softmax", 8, 3, False, 16.0), False),

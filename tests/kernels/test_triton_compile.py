@@ -23,6 +23,7 @@ from octavo.kernels.triton import (  # noqa: E402
     gated_activation,
     linear_small_batch,
     mla_decode,
+    mla_projection,
     moe,
     norm,
     rotary_cache,
@@ -170,7 +171,7 @@ def test_every_input_at_once_fits_the_smallest_shared_memory(monkeypatch, head_d
         assert compile_launch(launch, 80).metadata.shared <= SHARED_LIMIT[80], launch[0].__name__
 
 
-FUSED = (norm, gated_activation, rotary_cache, linear_small_batch, moe, sampling)
+FUSED = (norm, gated_activation, rotary_cache, linear_small_batch, mla_projection, moe, sampling)
 
 
 def fused_launches(monkeypatch, early):
@@ -200,8 +201,12 @@ def launch_small_fused_kernels():
     turns, norms = tensor(4, 64, dtype=full), HeadNorm(tensor(128), tensor(128), 1e-6, True)
     rotary_cache.rotate_and_store(tensor(4, 6144), 32, Rotary(turns, turns, False), norms, cache, cache, slots)
     turns = tensor(4, 32, dtype=full)
-    latent = tensor(4, 576), tensor(4, 16, 192), tensor(4, 16, 576), tensor(512), 1e-6
-    rotary_cache.rotate_and_store_latent(*latent, Rotary(turns, turns, True), tensor(10, 64, 576), slots)
+    latent, up = tensor(4, 576), tensor(16, 128, 512)
+    rotary = Rotary(turns, turns, True)
+    mla_projection.absorb_and_store(
+        latent, tensor(4, 16, 192), up, tensor(512), 1e-6, rotary, tensor(10, 64, 576), slots
+    )
+    mla_projection.project_values(tensor(4, 16, 512), up)
     moe.route(tensor(4, 256, dtype=full), tensor(256, dtype=full), Routing(8, "sigmoid", 8, 4, True, 2.5))
 
 
@@ -220,7 +225,7 @@ def launch_fused_products():
 def test_small_fused_kernels_load_whole_lines_and_do_not_spill(monkeypatch, tmp_path, capability):
     calls = fused_launches(monkeypatch, early=capability == SM90)
     launch_small_fused_kernels()
-    assert len(calls) == 5
+    assert len(calls) == 6
     for launch in calls:
         sass, stack = inspect(compile_launch(launch, capability), tmp_path / "kernel.cubin")
         assert stack == 0, launch[0].__name__

@@ -3,7 +3,7 @@ and the writes into the cache."""
 
 import torch
 
-from octavo.kernels.reference.cache import store_kv_cache, store_latent_cache
+from octavo.kernels.reference.cache import store_kv_cache
 from octavo.kernels.reference.norm import rms_norm
 from octavo.kernels.spec import HeadNorm, Rotary, Tensor
 
@@ -31,28 +31,6 @@ def rotate_and_store(
         q, k = rotate(q, *rotary), rotate(k, *rotary)
     store_kv_cache(k.detach(), v.detach(), k_cache, v_cache, slot_mapping)
     return q.contiguous()
-
-
-def refuses_rotate_and_store_latent(
-    latent: Tensor, q: Tensor, q_absorbed: Tensor, weight: Tensor, eps: float, rotary: Rotary, kv_cache: Tensor,
-    slot_mapping: Tensor,
-) -> str | None:  # fmt: skip
-    """The reference takes every call."""
-    return None
-
-
-def rotate_and_store_latent(
-    latent: Tensor, q: Tensor, q_absorbed: Tensor, weight: Tensor, eps: float, rotary: Rotary, kv_cache: Tensor,
-    slot_mapping: Tensor,
-) -> None:  # fmt: skip
-    """latent (T, R + rope): [norm, turned] into the cache's slots; the last rope channels of q (T, H, nope + rope),
-    turned, into those of q_absorbed (T, H, R + rope)."""
-    rank = weight.shape[0]
-    rope = latent.shape[-1] - rank
-    key = rotate(latent[:, None, rank:], *rotary)[:, 0]
-    row = torch.cat((rms_norm(latent[:, :rank], weight, eps, False), key), -1)
-    store_latent_cache(row.detach(), kv_cache, slot_mapping)
-    q_absorbed[..., rank:] = rotate(q[..., -rope:], *rotary).detach()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:

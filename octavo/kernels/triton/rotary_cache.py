@@ -183,18 +183,6 @@ def rotate_and_store(
     return q
 
 
-def refuses_rotate_and_store_latent(
-    latent: Tensor, q: Tensor, q_absorbed: Tensor, weight: Tensor, eps: float, rotary: Rotary, kv_cache: Tensor,
-    slot_mapping: Tensor,
-) -> str | None:  # fmt: skip
-    """Why this backend cannot take the call, or None."""
-    if latent.dtype == torch.float64:
-        return "it computes in fp32"
-    if any(x.stride(-1) != 1 for x in (latent, q, q_absorbed, kv_cache)):
-        return "it takes tensors whose last axis is contiguous"
-    return None if kv_cache.dtype.is_floating_point else f"it writes floating-point caches, not {kv_cache.dtype}"
-
-
 def rotate_and_store_latent(
     latent: Tensor, q: Tensor, q_absorbed: Tensor, weight: Tensor, eps: float, rotary: Rotary, kv_cache: Tensor,
     slot_mapping: Tensor,

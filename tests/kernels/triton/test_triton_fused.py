@@ -5,11 +5,12 @@ import torch
 
 from octavo.kernels.reference import gated_activation as reference_activation
 from octavo.kernels.reference import linear_small_batch as reference_linear
+from octavo.kernels.reference import mla_projection as reference_projection
 from octavo.kernels.reference import moe as reference_moe
 from octavo.kernels.reference import norm as reference_norm
 from octavo.kernels.reference import rotary_cache as reference_rotary
 from octavo.kernels.spec import HeadNorm, InputNorm, Rotary, Routing
-from octavo.kernels.triton import gated_activation, linear_small_batch, moe, norm, rotary_cache
+from octavo.kernels.triton import gated_activation, linear_small_batch, mla_projection, moe, norm, rotary_cache
 
 CLOSE = {"atol": 2e-6, "rtol": 2e-6}
 
@@ -80,19 +81,25 @@ def test_rotate_and_store(interleaved, width, rotary_dim, norm_kind, heads, kv_h
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("rank", "nope", "rope", "heads"), [(32, 16, 8, 3), (24, 12, 12, 5)])
-def test_rotate_and_store_latent(interleaved, rank, nope, rope, heads):
-    tokens = 6
+@pytest.mark.parametrize("tokens", [1, 6, 20])
+@pytest.mark.parametrize(("rank", "nope", "rope", "heads"), [(32, 16, 8, 3), (72, 12, 12, 5)])
+def test_absorb_and_store(interleaved, tokens, rank, nope, rope, heads):
     latent, q = torch.randn(tokens, rank + rope), torch.randn(tokens, heads, nope + rope)
+    up_k = torch.randn(heads, nope + 3, rank)[:, 3:] / nope**0.5
     rotary, weight, where = angles(tokens, rope, interleaved), torch.randn(rank), slots(tokens)
     results = []
-    for module in (rotary_cache, reference_rotary):
-        absorbed = torch.full((tokens, heads, rank + rope), torch.nan)
-        cache = torch.full((4, 5, rank + rope), torch.nan)
-        module.rotate_and_store_latent(latent, q, absorbed, weight, 1e-6, rotary, cache, where)
-        results.append((absorbed, cache))
+    for module in (mla_projection, reference_projection):
+        cache = torch.full((6, 5, rank + rope), torch.nan)
+        results.append((module.absorb_and_store(latent, q, up_k, weight, 1e-6, rotary, cache, where), cache))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, equal_nan=True, **CLOSE)
+        torch.testing.assert_close(ours, theirs, equal_nan=True, atol=5e-6, rtol=5e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 17])
+def test_project_values(tokens):
+    x, up_v = torch.randn(tokens, 3, 40), torch.randn(3, 30, 40)[:, 7:]
+    ours, theirs = (module.project_values(x, up_v) for module in (mla_projection, reference_projection))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_empty_batches():

@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Rotary, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
-from octavo.kernels.triton.rotary_cache import _store_turned, _turned, rotate_and_store_latent
+from octavo.kernels.triton.rotary_cache import rotate_and_store_latent, store_turned, turned
 
 MOST_TOKENS = 16
 
@@ -44,11 +44,11 @@ def absorb_and_store_kernel(
         tl.store(to + n[None, :], y.to(q_absorbed.dtype.element_ty), mask=(t < tokens)[:, None] & (n < RANK)[None, :])
         if part == 0:
             angle = t[:, None] * (ROTARY // 2)
-            a, b, rest, at_a, at_b, at_rest, pairs, others = _turned(
+            a, b, rest, at_a, at_b, at_rest, pairs, others = turned(
                 row + NOPE, cos + angle, sin + angle, None, (t < tokens)[:, None], eps,
                 ROTARY, ROTARY, INTERLEAVED, False, BLOCK_R, 1,
             )  # fmt: skip
-            _store_turned(to + RANK, a, b, rest, at_a, at_b, at_rest, pairs, others)
+            store_turned(to + RANK, a, b, rest, at_a, at_b, at_rest, pairs, others)
     else:
         if PDL:
             gdc_wait()
@@ -64,11 +64,11 @@ def absorb_and_store_kernel(
             tl.store(to_row + r, c.to(kv_cache.dtype.element_ty), mask=r < RANK)
             one = tl.zeros((1, 1), tl.int32)
             angle = token * (ROTARY // 2) + one
-            a, b, rest, at_a, at_b, at_rest, pairs, others = _turned(
+            a, b, rest, at_a, at_b, at_rest, pairs, others = turned(
                 latent + token * stride_lt + RANK + one, cos + angle, sin + angle, None, one == 0, eps,
                 ROTARY, ROTARY, INTERLEAVED, False, BLOCK_R, 1,
             )  # fmt: skip
-            _store_turned(to_row + RANK + one, a, b, rest, at_a, at_b, at_rest, pairs, others)
+            store_turned(to_row + RANK + one, a, b, rest, at_a, at_b, at_rest, pairs, others)
 
 
 @triton.jit(do_not_specialize=["tokens"])

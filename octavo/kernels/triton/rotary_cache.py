@@ -15,7 +15,7 @@ _HEADS = 4  # of a program: enough programs for one token, enough work in each f
 
 
 @triton.jit
-def _turned(
+def turned(
     x, cos, sin, weight, used, eps,
     WIDTH: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, UNIT_OFFSET: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_REST: tl.constexpr,
@@ -46,7 +46,7 @@ def _turned(
 
 
 @triton.jit
-def _store_turned(to, a, b, rest, at_a, at_b, at_rest, pairs, others):
+def store_turned(to, a, b, rest, at_a, at_b, at_rest, pairs, others):
     tl.store(to + at_a, a.to(to.dtype.element_ty), mask=pairs)
     tl.store(to + at_b, b.to(to.dtype.element_ty), mask=pairs)
     tl.store(to + at_rest, rest.to(to.dtype.element_ty), mask=others)
@@ -74,11 +74,11 @@ def rotate_and_store_kernel(
     h = tl.arange(0, BLOCK_H)[:, None]
     if group < q_groups:
         h += group * BLOCK_H
-        a, b, rest, at_a, at_b, at_rest, pairs, others = _turned(
+        a, b, rest, at_a, at_b, at_rest, pairs, others = turned(
             row + h * WIDTH, cos, sin, q_weight, h < HEADS, eps,
             WIDTH, ROTARY, INTERLEAVED, UNIT_OFFSET, BLOCK_R, BLOCK_REST,
         )  # fmt: skip
-        _store_turned(q + token * (HEADS * WIDTH) + h * WIDTH, a, b, rest, at_a, at_b, at_rest, pairs, others)
+        store_turned(q + token * (HEADS * WIDTH) + h * WIDTH, a, b, rest, at_a, at_b, at_rest, pairs, others)
     else:
         slot = tl.load(slot_mapping + token).to(tl.int64)
         if slot >= 0:
@@ -86,12 +86,12 @@ def rotate_and_store_kernel(
             offset = slot % block_size
             if group < q_groups + kv_groups:
                 h += (group - q_groups) * BLOCK_H
-                a, b, rest, at_a, at_b, at_rest, pairs, others = _turned(
+                a, b, rest, at_a, at_b, at_rest, pairs, others = turned(
                     row + HEADS * WIDTH + h * WIDTH, cos, sin, k_weight, h < KV_HEADS, eps,
                     WIDTH, ROTARY, INTERLEAVED, UNIT_OFFSET, BLOCK_R, BLOCK_REST,
                 )  # fmt: skip
                 to_k = k_cache + block * stride_kb + offset * stride_ks + h * stride_kh
-                _store_turned(to_k, a, b, rest, at_a, at_b, at_rest, pairs, others)
+                store_turned(to_k, a, b, rest, at_a, at_b, at_rest, pairs, others)
             else:
                 h += (group - q_groups - kv_groups) * BLOCK_H
                 d = tl.arange(0, BLOCK_D)[None, :]
@@ -125,19 +125,19 @@ def rotate_and_store_latent_kernel(
             x *= tl.rsqrt(tl.sum(x * x, 0) / RANK + eps) * tl.load(weight + d, mask=d < RANK, other=0.0).to(tl.float32)
             tl.store(to_row + d, x.to(kv_cache.dtype.element_ty), mask=d < RANK)
             one = tl.zeros((1, 1), tl.int32)
-            a, b, rest, at_a, at_b, at_rest, pairs, others = _turned(
+            a, b, rest, at_a, at_b, at_rest, pairs, others = turned(
                 latent + token * stride_t + RANK + one, cos, sin, None, one == 0, eps,
                 ROTARY, ROTARY, INTERLEAVED, False, BLOCK_R, 1,
             )  # fmt: skip
-            _store_turned(to_row + RANK + one, a, b, rest, at_a, at_b, at_rest, pairs, others)
+            store_turned(to_row + RANK + one, a, b, rest, at_a, at_b, at_rest, pairs, others)
     else:
         h = (group - 1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-        a, b, rest, at_a, at_b, at_rest, pairs, others = _turned(
+        a, b, rest, at_a, at_b, at_rest, pairs, others = turned(
             q + token * stride_qt + h * stride_qh + NOPE, cos, sin, None, h < HEADS, eps,
             ROTARY, ROTARY, INTERLEAVED, False, BLOCK_R, 1,
         )  # fmt: skip
         to = q_absorbed + token * stride_at + h * stride_ah + RANK
-        _store_turned(to, a, b, rest, at_a, at_b, at_rest, pairs, others)
+        store_turned(to, a, b, rest, at_a, at_b, at_rest, pairs, others)
 
 
 def refuses_rotate_and_store(

@@ -15,7 +15,7 @@ from octavo.engine.outputs import (
     SampleLogprobs,
     TokenLogprobs,
 )
-from octavo.engine.request import Request, Sequence
+from octavo.engine.request import Request, Sequence, SequenceStatus
 from octavo.engine.sampler import token_logprobs
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import TopLogprobs
@@ -66,18 +66,23 @@ class LiveRequest:
 
     def output(self) -> RequestOutput:
         """What is new since the last call; of a request that is not streamed, everything."""
-        request, first = self.request, not self._reported
+        request = self.request
+        pieces = [piece for seq in request.sequences if (piece := self.candidate(seq).output()) is not None]
+        cached = request.sequences[0].num_cached_tokens
+        if self._reported:
+            return RequestOutput(
+                request.request_id, self.prompt, [], None, pieces, request.finished, request.metrics, cached
+            )
         self._reported = True
-        candidates = [self.candidate(seq) for seq in request.sequences]
         return RequestOutput(
             request_id=request.request_id,
             prompt=self.prompt,
-            prompt_token_ids=list(request.prompt_token_ids) if first else [],
-            prompt_logprobs=self._prompt_logprobs() if first else None,
-            outputs=[candidate.output() for candidate in candidates if first or candidate.has_news],
+            prompt_token_ids=list(request.prompt_token_ids),
+            prompt_logprobs=self._prompt_logprobs(),
+            outputs=pieces,
             finished=request.finished,
             metrics=request.metrics,
-            num_cached_tokens=request.sequences[0].num_cached_tokens,
+            num_cached_tokens=cached,
         )
 
     def _prompt_logprobs(self) -> PromptLogprobs | None:
@@ -95,6 +100,7 @@ class Candidate:
         "_ended",
         "_num_read",
         "_num_reported",
+        "_reported",
         "live",
         "logprobs",
         "seq",
@@ -112,7 +118,7 @@ class Candidate:
             options = params.stop, params.include_stop_str_in_output, params.min_tokens
             self._detokenizer = Detokenizer(live.token_bytes, *options)
         self._num_read = self._num_reported = seq.num_prompt_tokens  # tokens of the sequence, prompt included
-        self._ended = self._end_reported = False
+        self._ended = self._end_reported = self._reported = False
 
     def read(self) -> str | None:
         """Reads the tokens that are new in the sequence; returns the stop string that they completed, if any.
@@ -121,40 +127,47 @@ class Candidate:
         """
         if self._detokenizer is None or self._ended:
             return None
-        seq = self.seq
+        seq, start = self.seq, self._num_read
         end = len(seq.token_ids)
         if seq.finish_reason == "stop" and not self.live.params.include_stop_str_in_output:
             end -= 1
-        while self._num_read < end and self.stop_string is None:
-            self.stop_string = self._detokenizer.append(seq.token_ids[self._num_read])
+        for token_id in seq.token_ids[start:end]:
             self._num_read += 1
-        self._ended = self.stop_string is not None
+            if (stop := self._detokenizer.append(token_id)) is not None:
+                self.stop_string, self._ended = stop, True
+                break
         return self.stop_string
 
     def add_logprobs(self, token_id: int, logprob: float, top: TopLogprobs) -> None:
         assert self.logprobs is not None
         self.logprobs.append(self.live.with_text(token_logprobs(token_id, logprob, top)))
 
-    @property
-    def has_news(self) -> bool:
-        return len(self.seq.token_ids) > self._num_reported or self.seq.finished != self._end_reported
-
-    def output(self) -> CompletionOutput:
-        """What is new since the last call."""
+    def output(self) -> CompletionOutput | None:
+        """What is new since the last call; None if nothing is. The first call always tells something."""
         seq, detokenizer = self.seq, self._detokenizer
-        self.read()
-        if detokenizer is not None and seq.finished and not self._ended:
+        finished, length = seq.status is SequenceStatus.FINISHED, len(seq.token_ids)
+        if length == self._num_reported and finished == self._end_reported and self._reported:
+            return None
+        if self._num_read < length:
+            self.read()
+        if finished and detokenizer is not None and not self._ended:
             detokenizer.finish()
             self._ended = True
-        stopped = self.stop_string is not None
         token_ids = seq.token_ids[self._num_reported :]
-        self._num_reported, self._end_reported = len(seq.token_ids), seq.finished
-        logprobs = self.logprobs
+        self._reported, self._num_reported, self._end_reported = True, length, finished
+        text = "" if detokenizer is None else detokenizer.take()
+        if finished or self.logprobs is not None:
+            return self._whole_output(text, token_ids)
+        return CompletionOutput(seq.index, text, token_ids)
+
+    def _whole_output(self, text: str, token_ids: list[int]) -> CompletionOutput:
+        seq, logprobs = self.seq, self.logprobs
         if logprobs is not None:
             self.logprobs = []
+        stopped = self.stop_string is not None
         return CompletionOutput(
             index=seq.index,
-            text="" if detokenizer is None else detokenizer.take(),
+            text=text,
             token_ids=token_ids,
             cumulative_logprob=None if logprobs is None else seq.cumulative_logprob,
             logprobs=logprobs,

@@ -82,14 +82,17 @@ class Detokenizer:
 
     def take(self) -> str:
         """The text released since the last call: a stream's next piece."""
-        text = self.text
-        self._parts.clear()
-        return text
+        parts, self._parts = self._parts, []
+        return parts[0] if len(parts) == 1 else "".join(parts)
 
     def append(self, token_id: int) -> str | None:
         """Adds a token; returns the stop string that it completed, if any (the text then ends before or after it)."""
         self.num_tokens += 1
-        return self._add(self._decode(self._bytes[token_id]))
+        chunk = self._decode(self._bytes[token_id])
+        if self._stop:
+            return self._add(chunk)
+        self._parts.append(chunk)
+        return None
 
     def finish(self) -> None:
         """Releases what was held back; an unfinished character becomes U+FFFD. For a sequence that ended otherwise."""

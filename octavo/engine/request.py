@@ -27,6 +27,9 @@ class SequenceStatus(enum.Enum):
     FINISHED = "finished"  # holds no blocks (or gives them back when the step in flight is recorded)
 
 
+_FINISHED = SequenceStatus.FINISHED
+
+
 class Sequence:
     """One candidate of a request.
 
@@ -173,7 +176,10 @@ class Request:
     @property
     def finished(self) -> bool:
         """Every candidate has ended. Beams leave `sequences` when they end."""
-        return all(seq.status is SequenceStatus.FINISHED for seq in self.sequences)
+        for seq in self.sequences:  # noqa: SIM110  (no generator: asked for each token of each stream)
+            if seq.status is not _FINISHED:
+                return False
+        return True
 
     def __repr__(self) -> str:
         return f"Request({self.request_id!r}, prompt of {len(self.prompt_token_ids)}, sequences={self.sequences})"

@@ -11,7 +11,6 @@ from starlette.responses import Response
 from octavo.server.errors import ApiError, refusal
 from octavo.server.generation import Generation
 from octavo.server.guards import info_of, json_response
-from octavo.server.logprobs import TokenTexts
 from octavo.server.messages import Piece
 from octavo.server.protocol import (
     AnswerMessage,
@@ -152,7 +151,7 @@ class ChatAnswer:
         self._generation = Generation(service, info, body, f"chatcmpl-{info.request_id}", [prompt], params)
         self._body = body
         self._num_top = num_top or 0
-        self._texts = TokenTexts(service.tokenizer) if body.logprobs else None
+        self._texts = service.texts
 
     @property
     def model(self) -> str:
@@ -198,7 +197,9 @@ class ChatAnswer:
         """The whole answer."""
         generation = self._generation
         choices: list[ChatChoice] = []
+        prompt_logprobs = None
         async for _, news in generation.news():
+            prompt_logprobs = prompt_logprobs or news.prompt_logprobs
             for piece in news.pieces:
                 content, deltas = self._read(piece)
                 calls = _whole_calls(deltas)
@@ -206,7 +207,10 @@ class ChatAnswer:
                 logprobs = self._logprobs(piece)
                 choices.append(ChatChoice(piece.index, message, logprobs, self._ended(piece), piece.stop_reason))
         choices.sort(key=lambda choice: choice.index)
-        return ChatCompletion(generation.name, generation.created, generation.model, choices, generation.usage())
+        answer = ChatCompletion(generation.name, generation.created, generation.model, choices, generation.usage())
+        if prompt_logprobs is not None:
+            answer.prompt_logprobs = self._texts.for_prompt(prompt_logprobs)
+        return answer
 
     def _read(self, piece: Piece) -> tuple[str, list[ToolCallDelta]]:
         """What is content in a piece's text, and what are calls of tools."""
@@ -223,7 +227,7 @@ class ChatAnswer:
         return "tool_calls" if called and piece.finish_reason == "stop" else piece.finish_reason
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
-        if self._texts is None:
+        if not self._body.logprobs:
             return None
         assert piece.logprobs is not None
         return self._texts.for_chat(piece.token_ids, piece.logprobs, self._num_top)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from octavo.server.errors import ApiError
 from octavo.server.generation import Generation
 from octavo.server.guards import info_of, json_response
-from octavo.server.logprobs import Place, TokenTexts
+from octavo.server.logprobs import Place
 from octavo.server.messages import News, Piece
 from octavo.server.protocol import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from octavo.server.service import Service
@@ -71,14 +71,14 @@ class _Writer:
         if self._only_echo:
             params["max_tokens"] = 1  # computed for the prompt's log probabilities, and not told
         if body.echo and body.logprobs is not None:
-            params["prompt_logprobs"] = body.logprobs
+            params["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
         info = info_of(request)
         ids = [prompt.token_ids for prompt in prompts]
         self._generation = Generation(service, info, body, f"cmpl-{info.request_id}", ids, params)
         self._n = self._generation.params.n
         self._body = body
         self._prompts = prompts
-        self._texts = TokenTexts(service.tokenizer) if body.logprobs is not None else None
+        self._texts = service.texts
         self._places = [Place() for _ in range(len(prompts) * self._n)]  # in the text of each choice
         self._begun: set[int] = set()  # choices whose prompt has been told
 
@@ -121,10 +121,13 @@ class _Writer:
         text = "" if self._only_echo else piece.text
         reason = "length" if self._only_echo and piece.finish_reason else piece.finish_reason
         whole = prompt.text + text if prompt else text
-        return CompletionChoice(index, whole, self._logprobs(index, piece, news, prompt), reason, piece.stop_reason)
+        choice = CompletionChoice(index, whole, self._logprobs(index, piece, news, prompt), reason, piece.stop_reason)
+        if self._body.prompt_logprobs is not None and news.prompt_logprobs is not None:
+            choice.prompt_logprobs = self._texts.for_prompt(news.prompt_logprobs)
+        return choice
 
     def _logprobs(self, index: int, piece: Piece, news: News, prompt: Prompt | None) -> CompletionLogprobs | None:
-        if self._texts is None:
+        if self._body.logprobs is None:
             return None
         assert piece.logprobs is not None
         token_ids: list[int] = [] if self._only_echo else list(piece.token_ids)

@@ -32,6 +32,8 @@ class Generation:
         check_alive(service)
         service.check_model(body.model)
         service.check_priority(body.priority)
+        if body.stream and body.prompt_logprobs is not None:
+            raise ApiError(400, "prompt_logprobs: expected none in a stream", param="prompt_logprobs")
         for prompt in prompts:
             service.check_prompt(prompt)
         try:
@@ -46,8 +48,7 @@ class Generation:
         self._info = info
         salt = service.salt(info.key, body.cache_salt)
         self._requests = [
-            Add(f"{name}-{index}", prompt, params, self.stream, body.priority, salt)
-            for index, prompt in enumerate(prompts)
+            Add(service.unique(name), prompt, params, self.stream, body.priority, salt) for prompt in prompts
         ]
         self._index_of = {request.request_id: index for index, request in enumerate(self._requests)}
         self._num_cached_tokens = 0

@@ -13,16 +13,19 @@ from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.errors import ApiError
+from octavo.server.sse import ClientGone
 
 logger = logging.getLogger("octavo.server.access")
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 _PLAIN = re.compile(r"[\w.,:/@+%-]+")
+_CLOSE = {"Connection": "close"}
+LINGER = 1.0  # seconds that a refused body is still read and dropped: an answer amid its sending would be lost
 _COMMON_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
@@ -154,22 +157,30 @@ async def read_json(request: Request, max_body: int, timeout: float) -> bytes:
     if kind != "application/json":
         raise ApiError(415, f"Content-Type: expected application/json, got {kind[:80]!r}")
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length[:18]) > max_body:
-        raise _too_large(max_body)
+    refused = length.isdigit() and int(length[:18]) > max_body
+    if refused and "expect" in request.headers:
+        raise _too_large(max_body)  # the client waits for our word before it sends
     body = bytearray()
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(LINGER if refused else timeout) as deadline:
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > max_body:
-                    raise _too_large(max_body)
+                if not refused and len(body) + len(chunk) > max_body:
+                    refused = True
+                    deadline.reschedule(asyncio.get_running_loop().time() + LINGER)
+                if not refused:
+                    body += chunk
+    except ClientDisconnect:
+        raise ClientGone from None
     except TimeoutError:
-        raise ApiError(408, f"the body did not come within {timeout:g} s", headers={"Connection": "close"}) from None
+        if not refused:
+            raise ApiError(408, f"the body did not come within {timeout:g} s", headers=_CLOSE) from None
+    if refused:
+        raise _too_large(max_body)
     return bytes(body)
 
 
 def _too_large(max_body: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {max_body:,} bytes", headers={"Connection": "close"})
+    return ApiError(413, f"the body is larger than {max_body:,} bytes", headers=_CLOSE)
 
 
 def json_response(data: Any, status: int = 200) -> Response:

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from octavo.engine.detokenizer import TokenBytes, token_bytes_of
 from octavo.models import Tokenizer
 from octavo.server.messages import TokenLogprobs
-from octavo.server.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from octavo.server.protocol import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
 
 LEAST = -9999.0  # stands for minus infinity, which JSON lacks
 
@@ -49,11 +56,14 @@ class TokenTexts:
             None if entry is None else _finite(entry[token_id].logprob)
             for token_id, entry in zip(token_ids, entries, strict=True)
         ]
-        top = [None if entry is None else self._top(entry, num_top) for entry in entries] if num_top else None
-        return CompletionLogprobs(names, logprobs, top, offsets)
+        pairs = zip(token_ids, entries, strict=True)
+        top = [None if entry is None else self._top(token, entry, num_top) for token, entry in pairs]
+        return CompletionLogprobs(names, logprobs, top if num_top else None, offsets)
 
-    def _top(self, entry: TokenLogprobs, num_top: int) -> dict[str, float]:
-        return {self.name(token): _finite(value) for token, value in _likeliest(entry, num_top, and_sampled=True)}
+    def _top(self, token_id: int, entry: TokenLogprobs, num_top: int) -> dict[str, float]:
+        """The likeliest, and the token itself."""
+        shown = [*_likeliest(entry, num_top), (token_id, entry[token_id].logprob)]
+        return {self.name(token): _finite(value) for token, value in shown}
 
     def for_chat(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs], num_top: int) -> ChatLogprobs:
         content = []
@@ -61,6 +71,17 @@ class TokenTexts:
             top = [TopLogprob(*self._told(token, value)) for token, value in _likeliest(entry, num_top)]
             content.append(TokenLogprob(*self._told(token_id, entry[token_id].logprob), top))
         return ChatLogprobs(content)
+
+    def for_prompt(self, entries: Sequence[TokenLogprobs | None]) -> PromptLogprobs:
+        return [
+            None
+            if entry is None
+            else {
+                token: PromptLogprob(_finite(value.logprob), value.rank, self.name(token))
+                for token, value in entry.items()
+            }
+            for entry in entries
+        ]
 
     def _told(self, token_id: int, logprob: float) -> tuple[str, float, list[int] | None]:
         spelt = self.bytes_of(token_id)
@@ -81,10 +102,10 @@ class Place:
         return start
 
 
-def _likeliest(entry: TokenLogprobs, count: int, and_sampled: bool = False) -> list[tuple[int, float]]:
-    """The `count` likeliest of an entry, best first; the sampled token, where it is not among them, if wanted."""
+def _likeliest(entry: TokenLogprobs, count: int) -> list[tuple[int, float]]:
+    """The `count` likeliest of an entry, best first."""
     ranked = sorted(entry.items(), key=lambda item: -item[1].logprob)
-    return [(token, value.logprob) for token, value in ranked[: len(ranked) if and_sampled else count]]
+    return [(token, value.logprob) for token, value in ranked[:count]]
 
 
 def _finite(logprob: float) -> float:

@@ -72,19 +72,28 @@ class OctavoServer(Server):
         self.address = ""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        bound = _bind(self._service.settings)  # first, since loading a model takes long and a port may be taken
+        try:
+            if not await self._load():
+                return
+            self.address = _address(bound, self._service.settings)
+            await super().startup([bound])
+            logger.info("Listening at %s", self.address)
+        finally:
+            if not self.started:
+                bound.close()
+
+    async def _load(self) -> bool:
+        """Starts the engine; False if a signal came first."""
         loading = asyncio.create_task(self._service.start())
         while not (loading.done() or self.should_exit):
             await asyncio.wait({loading}, timeout=0.1)
-        if not loading.done():  # a signal came first
+        if not loading.done():
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
-            return
+            return False
         await loading
-        await super().startup(sockets)
-        listeners = [listener for server in self.servers for listener in server.sockets]
-        self.address = _address(listeners[0], self._service.settings)
-        for listener in listeners:
-            logger.info("Listening at %s", _address(listener, self._service.settings))
+        return True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         service = self._service
@@ -98,7 +107,25 @@ class OctavoServer(Server):
             await service.stop()
 
 
-def _address(listener: Any, settings: ServerSettings) -> str:
+def _bind(settings: ServerSettings) -> socket.socket:
+    """A socket at the address, which does not listen yet. OSError, naming it, where it cannot be had."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise OSError(f"host, port: {settings.host} port {settings.port} cannot be had: {error}") from None
+    return bound
+
+
+def _address(listener: socket.socket, settings: ServerSettings) -> str:
     host, port = listener.getsockname()[:2]
     scheme = "https" if settings.ssl_certfile else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{settings.root_path}"
@@ -116,8 +143,6 @@ def make_server(settings: ServerSettings, options: dict[str, Any]) -> OctavoServ
     service = Service(settings, options)
     config = _Config(
         build_app(service),
-        host=settings.host,
-        port=settings.port,
         root_path=settings.root_path,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
@@ -128,6 +153,7 @@ def make_server(settings: ServerSettings, options: dict[str, Any]) -> OctavoServ
         ws="none",
         log_config=None,
         access_log=False,
+        proxy_headers=False,  # nothing here depends on the client's address
         server_header=False,
         h11_max_incomplete_event_size=MAX_HEAD,
         timeout_keep_alive=round(settings.idle_timeout),

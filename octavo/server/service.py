@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import itertools
 import secrets
 import time
 from collections import deque
@@ -15,13 +16,14 @@ from octavo.engine.options import EngineOptions
 from octavo.models import Tokenizer, read_tokenizer
 from octavo.server.engine_client import EngineClient
 from octavo.server.errors import ApiError, unavailable
+from octavo.server.logprobs import TokenTexts
 from octavo.server.messages import Ready
 from octavo.server.metrics import Metrics
 from octavo.server.settings import ServerSettings
 from octavo.server.stats import StatsFeed
 
 LONG_TEXT = 20_000  # characters, from which on a text is encoded in a thread, so that nobody waits for it
-LONGEST_TOKEN = 1024  # characters: a text of more than that times the context cannot fit, and is not encoded
+MAX_PRIORITY = 10**6
 RATE_WINDOW = 60.0  # seconds over which finished sequences are counted
 
 
@@ -34,14 +36,18 @@ class Service:
         self.model_path = checked.model_path()
         self.engine = EngineClient(options)
         self.tokenizer: Tokenizer | None = None
+        self._longest_token = 0  # characters
         if not checked.skip_tokenizer_init:
             self.tokenizer = read_tokenizer(self.model_path)
+            self._longest_token = max(map(len, self.tokenizer.backend.get_vocab()))
+        self.texts = TokenTexts(self.tokenizer)
         self.model_names = settings.served_model_name or (_model_name(self.model_path),)
         self.metrics = Metrics(self.engine, self.model_names[0])
         self.created = int(time.time())
         self.stopping = asyncio.Event()
         self.doors = Doors()
         self.stats = StatsFeed(self.engine)
+        self._numbers = itertools.count()
         self._salt = secrets.token_bytes(32)
 
     async def start(self) -> None:
@@ -70,10 +76,16 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_priority(self, priority: int) -> None:
+        if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise ApiError(400, f"priority: expected -{MAX_PRIORITY} to {MAX_PRIORITY}", param="priority")
         if priority and self.facts.scheduling_policy != "priority":
             raise ApiError(
                 400, "priority: expected 0, since this server runs with --scheduling-policy fcfs", param="priority"
             )
+
+    def unique(self, name: str) -> str:
+        """A name for the engine, unlike any other, however often a client sends the same request id."""
+        return f"{name}.{next(self._numbers)}"
 
     def salt(self, key: str | None, own: str | None) -> str | None:
         """The cache salt of a request: no two keys share one, and it cannot be guessed from the key."""
@@ -91,8 +103,10 @@ class Service:
         tokenizer = self.require_tokenizer()
         if not text:
             raise ApiError(400, f"{field}: expected a text of at least one character, got an empty one", param=field)
-        if len(text) > LONGEST_TOKEN * self.facts.max_model_len:
-            raise ApiError(400, f"{field}: {len(text):,} characters cannot fit the context", param=field)
+        context = self.facts.max_model_len
+        if len(text) > self._longest_token * context:
+            message = f"{field}: {len(text):,} characters cannot fit the context of {context} tokens"
+            raise ApiError(400, message, param=field, code="context_length_exceeded")
         try:
             if len(text) < LONG_TEXT:
                 return tokenizer.encode(text, add_special_tokens)

@@ -92,6 +92,19 @@ def test_a_stop_string_ends_the_text_and_is_named(server):
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
 
 
+def test_prompt_log_probabilities_are_those_of_an_echo(server):
+    echoed = server.complete("the hen", max_tokens=0, echo=True, logprobs=2).json()["choices"][0]["logprobs"]
+    choice = server.complete("the hen", max_tokens=1, prompt_logprobs=2).json()["choices"][0]
+    first, *others = choice["prompt_logprobs"]
+    assert first is None
+    for entry, logprob, token in zip(others, echoed["token_logprobs"][1:], echoed["tokens"][1:], strict=True):
+        own = next(told for told in entry.values() if told["decoded_token"] == token)
+        assert own["logprob"] == pytest.approx(logprob, abs=1e-4)
+        assert sorted(told["rank"] for told in entry.values())[:2] == [1, 2]
+    assert len(server.chat(max_tokens=1, prompt_logprobs=0).json()["prompt_logprobs"]) > len(others)
+    assert "prompt_logprobs" not in server.chat(max_tokens=1).json()
+
+
 # ---- chats ---------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +177,10 @@ MESSAGES = [{"role": "user", "content": "a"}]
         ("completions", {"prompt": "a", "logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias", "at most"),
         ("completions", {"prompt": "a", "logit_bias": {"9999": 1}}, "logit_bias", "vocabulary"),
         ("completions", {"prompt": "a", "priority": 1}, "priority", "scheduling-policy"),
+        ("completions", {"prompt": "a", "priority": 2**70}, "priority", "to 1000000"),
+        ("completions", {"prompt": "a", "seed": 2**64}, "seed", "integer from"),
+        ("completions", {"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
+        ("completions", {"prompt": "a " * 10000}, "prompt", "cannot fit"),
         ("completions", {"prompt": ""}, "prompt", "empty"),
         ("completions", {"prompt": []}, "prompt", "empty"),
         ("completions", {"prompt": [[]]}, "prompt", "at least one token"),

@@ -153,9 +153,11 @@ def test_slow_and_oversized_clients_are_let_go(serve):
         b"HTTP/1.1 431 ",
     )
     assert b" 408 " in answer_to(head(100) + b'{"prompt"')[:20]
-    assert b" 413 " in answer_to(head(5000))[:20]
+    assert b" 413 " in answer_to(head(5000) + b" " * 5000)[:20]
+    expecting = head(5000).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+    assert b" 413 " in answer_to(expecting)[:20]
     chunked = head(1).replace(b"Content-Length: 1", b"Transfer-Encoding: chunked")
-    assert b" 413 " in answer_to(chunked + b"1000\r\n" + b" " * 4096 + b"\r\n")[:20]
+    assert b" 413 " in answer_to(chunked + b"1000\r\n" + b" " * 4096 + b"\r\n0\r\n\r\n")[:20]
     assert b" 200 " in answer_to(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")[:20]
 
 
@@ -308,6 +310,30 @@ def test_an_engine_does_not_outlive_its_server(command):
         time.sleep(0.05)
 
 
+@pytest.fixture
+def silent_log(monkeypatch):
+    """The server's log stays away from a stderr that pytest closes."""
+    monkeypatch.setattr("octavo.server.serve._log_to_stderr", lambda: None)
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_loads(server, tiny_model_dir, capsys, silent_log):
+    from octavo.cli import main
+
+    started = time.monotonic()
+    assert main(["serve", str(tiny_model_dir), "--port", str(server.service_address[1])]) == 2
+    assert "in use" in capsys.readouterr().err
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_same_request_id_twice_is_no_conflict(server, stream):
+    headers = {"X-Request-Id": "twin"}
+    body = {"prompt": "the hen", **LONG, "stream": stream}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(server.post, "/v1/completions", body, headers=headers) for _ in range(4)]
+        assert [answer.result().status_code for answer in asked] == [200] * 4
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -318,7 +344,7 @@ def test_an_engine_does_not_outlive_its_server(command):
         (["--root-path", "llm"], "root_path: expected it to begin with /"),
     ],
 )
-def test_what_the_operator_got_wrong_is_one_line(tiny_model_dir, capsys, flags, says):
+def test_what_the_operator_got_wrong_is_one_line(tiny_model_dir, capsys, silent_log, flags, says):
     from octavo.cli import main
 
     assert main(["serve", str(tiny_model_dir), "--device", "cpu", *flags]) == 2

@@ -36,3 +36,20 @@ octavo_env() {
     "$PY" scripts/fetch_default_model
     if [ "$extras" = test ]; then scripts/fetch_chromium; fi
 }
+
+# Other people's clients, for the tests of the server, in an environment that sees .venv's packages below its own.
+octavo_clients() {
+    OCTAVO_CLIENTS_PYTHON=$PWD/.venv-clients/bin/python
+    export OCTAVO_CLIENTS_PYTHON
+    stamp=.venv-clients/installed
+    if [ "$wanted" != "$(cat "$stamp" 2>/dev/null || true)" ]; then
+        say "Installing clients of the API into .venv-clients"
+        [ -x "$OCTAVO_CLIENTS_PYTHON" ] || "$PY" -m venv .venv-clients
+        below=$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        own=$("$OCTAVO_CLIENTS_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        printf '%s\n' "$below" >"$own/below.pth"
+        "$OCTAVO_CLIENTS_PYTHON" -m pip install --quiet --disable-pip-version-check \
+            --constraint scripts/constraints-clients.txt ".[clients]"
+        printf '%s\n' "$wanted" >"$stamp"
+    fi
+}

@@ -148,15 +148,19 @@ def _call_schema(tool: Tool, place: str) -> dict[str, Any]:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references hold when it stands at `place` of another."""
-    if isinstance(schema, Mapping):
-        return {
-            key: place + value[1:]
-            if key == "$ref" and isinstance(value, str) and value.startswith("#")
-            else _moved(value, place)
-            for key, value in schema.items()
-        }
-    return [_moved(item, place) for item in schema] if isinstance(schema, list) else schema
+    """A schema whose references hold when it stands at `place` of another. An object's arguments are those that it
+    names, unless it says otherwise: a model that invents others helps nobody."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = place + reference[1:]
+    if schema.get("type") == "object" and "properties" in schema:
+        moved.setdefault("additionalProperties", False)
+    return moved
 
 
 INSTRUCTIONS = (

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.kernels.spec import InputNorm, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
 from octavo.kernels.triton.gated_activation import activate
+from octavo.kernels.triton.norm import rms_norm
 
 
 @triton.jit
@@ -74,21 +75,20 @@ def gemv_kernel(
     tl.store(out + n, y.to(out.dtype.element_ty), mask=used)
 
 
-@triton.jit(do_not_specialize=["eps", "batch"])
+@triton.jit(do_not_specialize=["batch"])
 def gemv_dot_kernel(
-    x, weight, bias, norm_weight, residual, out, batch, rows, width, eps, stride_x, stride_r,
-    KIND: tl.constexpr, UNIT_OFFSET: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, weight, bias, residual, out, batch, rows, width, stride_x, stride_r,
+    KIND: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """As `gemv_kernel` for x (batch, width), batch <= BLOCK_M, by matrix instructions; out (batch, rows)."""
+    """As `gemv_kernel` for x (batch, width), batch <= BLOCK_M, by matrix instructions, without a norm; out (batch,
+    rows)."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     m = tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    square = tl.zeros((BLOCK_M,), tl.float32)
     if KIND is not None:
         up_weight = weight + rows.to(tl.int64) * width
-        up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -96,34 +96,23 @@ def gemv_dot_kernel(
         at = k0 + k
         mask = (m < batch)[:, None] & (at < width)[None, :]
         value = tl.load(x + m[:, None] * stride_x + at[None, :], mask=mask, other=0.0)
-        tile = _tile(weight, n, at, rows, width)
-        if norm_weight is not None:
-            wide = value.to(tl.float32)
-            square += tl.sum(wide * wide, 1)
-            scale = tl.load(norm_weight + at, mask=at < width, other=0.0).to(tl.float32)
-            scale = scale + 1.0 if UNIT_OFFSET else scale
-            value = (wide * scale[None, :]).to(value.dtype)
-        acc = tl.dot(value, tile.T, acc)
+        acc = tl.dot(value, _tile(weight, n, at, rows, width).T, acc)
         if KIND is not None:
-            up_acc = tl.dot(value, _tile(up_weight, n, at, rows, width).T, up_acc)
-    scale = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if norm_weight is not None:
-        scale = tl.rsqrt(square / width + eps)
-    y = acc * scale[:, None]
+            up = tl.dot(value, _tile(up_weight, n, at, rows, width).T, up)
     used = (m < batch)[:, None] & (n < rows)[None, :]
     if bias is not None:
-        y += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
     if KIND is not None:
-        up = up_acc * scale[:, None]
         if bias is not None:
             up += tl.load(bias + rows + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
-        y = activate(y, KIND) * up
+        acc = activate(acc, KIND) * up
     if residual is not None:
-        y += tl.load(residual + m[:, None] * stride_r + n[None, :], mask=used, other=0.0).to(tl.float32)
-    tl.store(out + m[:, None] * rows + n[None, :], y.to(out.dtype.element_ty), mask=used)
+        acc += tl.load(residual + m[:, None] * stride_r + n[None, :], mask=used, other=0.0).to(tl.float32)
+    tl.store(out + m[:, None] * rows + n[None, :], acc.to(out.dtype.element_ty), mask=used)
 
 
 MOST_ROWS = 16  # of x; beyond, a library's matrix product reads W as fast
+MOST_BYTES_EARLY = 64 << 20  # of W; 4096×14336 by 8 rows took 46.7 µs with an early launch, 43.1 without
 
 
 def refuses_linear_small_batch(
@@ -135,9 +124,8 @@ def refuses_linear_small_batch(
         return f"it multiplies tensors of one dtype up to fp32, not {x.dtype} by {weight.dtype}"
     if x.shape[0] > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} rows"
-    if x.shape[0] > 1 and (x.dtype == torch.float32 or (norm is not None and x.dtype == torch.float16)):
-        # fp32 would be multiplied as tf32; x · w of the norm could leave fp16's range before it is scaled
-        return f"its matrix instructions would lose {x.dtype}"
+    if x.shape[0] > 1 and x.dtype == torch.float32 and x.is_cuda:
+        return "its matrix instructions would multiply fp32 as tf32"
     contiguous = weight.is_contiguous() and x.stride(1) == 1 and (residual is None or residual.stride(1) == 1)
     return None if contiguous else "it takes contiguous rows"
 
@@ -150,21 +138,25 @@ def linear_small_batch(
     batch, width = x.shape
     rows = weight.shape[0] if activation is None else weight.shape[0] // 2
     out = torch.empty((batch, rows), dtype=out_dtype, device=x.device)
-    norm_weight, eps, unit_offset = (None, 0.0, False) if norm is None else norm
+    early = early_launch_options(x.device)
     if batch == 1:
+        norm_weight, eps, unit_offset = (None, 0.0, False) if norm is None else norm
         block_n, block_k, num_warps = gemv_tile(rows, width, activation is not None)
         gemv_kernel[(triton.cdiv(rows, block_n),)](
             x, weight, bias, norm_weight, residual, out, rows, width, eps,
             KIND=activation, UNIT_OFFSET=unit_offset, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
-            **early_launch_options(x.device),
+            **early,
         )  # fmt: skip
     elif batch:
+        if norm is not None:  # inside, every program would sum all squares: twice the time of the product
+            x = rms_norm(x, *norm)
+        if weight.nbytes > MOST_BYTES_EARLY:
+            early = {"PDL": False}
         block_n, block_k, num_warps, num_stages = gemv_dot_tile(rows, width, activation is not None)
         gemv_dot_kernel[(triton.cdiv(rows, block_n),)](
-            x, weight, bias, norm_weight, residual, out, batch, rows, width, eps, x.stride(0),
-            0 if residual is None else residual.stride(0), KIND=activation, UNIT_OFFSET=unit_offset,
-            BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages,
-            **early_launch_options(x.device),
+            x, weight, bias, residual, out, batch, rows, width, x.stride(0),
+            0 if residual is None else residual.stride(0), KIND=activation,
+            BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages, **early,
         )  # fmt: skip
     return out
 
@@ -190,7 +182,7 @@ def gemv_dot_tile(rows: int, width: int, gated: bool) -> tuple[int, int, int, in
     28672×4096 83 / 78, 86; 151936×1024 106 / 103, 114.
     """
     if gated:
-        return (16, 128, 4, 4) if width <= 2048 else (16, 256, 4, 3)
+        return 32, 128, 4, 4
     if rows <= 2048:
         return 16, 512, 4, 3
     if width > 8192:

@@ -260,7 +260,7 @@ def pair_down_kernel(
     tile = _weight_tile(weight, tl.load(experts + first_pair).to(tl.int64) * rows, n, k, rows, width)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     steps = tl.cdiv(width, BLOCK_K)
-    for step in range(0, steps * TOP_K):
+    for step in range(steps * TOP_K):
         pair = first_pair + step // steps
         at = step % steps * BLOCK_K + k
         value = tl.load(x + pair * width + at, mask=at < width, other=0.0).to(tl.float32) * tl.load(weights + pair)
@@ -275,7 +275,7 @@ def pair_down_kernel(
     tl.store(out + token * rows + n, y.to(out.dtype.element_ty), mask=n < rows)
 
 
-MOST_PAIRS = 48  # computed each on its own; beyond, experts shared by tokens make sorting pay
+MOST_PAIRS = 32  # computed each on its own; beyond, experts shared by tokens make sorting pay
 
 
 def refuses_route(logits: Tensor, bias: Tensor | None, routing: Routing) -> str | None:
@@ -404,21 +404,22 @@ class GroupedTile(NamedTuple):
 
 
 # BLOCK_N, BLOCK_K, warps; µs of both on an H100 beside the time to read the weights at 3.02 TB/s, DeepSeek-V2-Lite's
-# experts, 1 / 4 / 8 tokens: 43 / 34, 126 / 115, 197 / 172 (2026-11-24, Triton 3.6)
+# experts, 1 / 2 / 4 tokens: 45 / 34, 75 / 69, 134 / 115 (2026-11-24, Triton 3.6)
 PAIR_GATE_UP_TILE = (8, 512, 4)
-PAIR_DOWN_TILE = (4, 512, 4)
+PAIR_DOWN_TILE = (8, 512, 4)
 
 
 def grouped_tiles(pairs_per_expert: float) -> tuple[GroupedTile, GroupedTile]:
     """Of the gate-up and the down product.
 
     µs on an H100 of all kernels beside the floor of memory or 700 TFLOP/s, DeepSeek-V2-Lite's 64 experts, at 3, 12,
-    24, 48, 192 and 768 pairs an expert: 370 / 355, 394 / 367, 406 / 367, 437 / 367, 735 / 367, 1982 / 1215.
+    24, 48, 96, 384 and 768 pairs an expert: 370 / 355, 394 / 367, 406 / 367, 438 / 367, 500 / 367, 1122 / 607,
+    1982 / 1215.
     """
     if pairs_per_expert <= 16:
         return GroupedTile(16, 64, 128, 4, 4), GroupedTile(16, 64, 128, 4, 4)
     if pairs_per_expert <= 32:
         return GroupedTile(32, 64, 128, 4, 3), GroupedTile(64, 128, 64, 4, 3)
-    if pairs_per_expert <= 96:
+    if pairs_per_expert <= 64:
         return GroupedTile(64, 64, 128, 4, 3), GroupedTile(64, 128, 64, 4, 3)
     return GroupedTile(128, 128, 64, 8, 3), GroupedTile(128, 256, 64, 8, 3)

@@ -103,6 +103,10 @@ class DecodeGraphs:
         """(count,) int64 on the device: the slots of the last run's rows."""
         return self._fields[_SLOT, :count]
 
+    def drop(self) -> None:
+        """Forgets all graphs."""
+        self._graphs.clear()
+
     def _stage(
         self,
         count: int,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from octavo.engine.config import EngineConfig
-from octavo.engine.decode_graphs import DecodeGraphs, graph_sizes
+from octavo.engine.decode_graphs import DecodeGraphs
 from octavo.engine.kv_cache import PagedKVCache
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.request import Request
@@ -68,15 +68,14 @@ def device_memory(device: torch.device, weights: int, kv_cache: int) -> DeviceMe
 
 @torch.inference_mode()
 def measure_step_memory(model: CausalLM, config: EngineConfig, *, cuda_graphs: bool) -> int:
-    """Bytes that steps of this config take beside weights and cache, those of all graphs included. Takes a second or
-    two, of which the first real step is spared most: kernels are compiled and libraries loaded."""
+    """Bytes that steps of this config will take beside weights and cache, those of all graphs included. Takes a second
+    or two, of which the first real step is spared most: kernels are compiled and libraries loaded."""
     device = model.device
     num_seqs, most = config.max_num_seqs, config.max_num_batched_tokens
     length = min(most // num_seqs, config.max_model_len - 1)
     config = replace(config, num_blocks=num_seqs * -(-(length + 1) // config.block_size), enable_prefix_caching=False)
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.mem_get_info(device)[0]
+    _release()
+    before = torch.cuda.memory_reserved(device)
     cache = PagedKVCache(model, config.num_blocks, config.block_size, model.dtype, device)
     bounds = {"max_num_seqs": num_seqs, "max_model_len": config.max_model_len}
     graphs = DecodeGraphs(model, cache, **bounds, record=False)
@@ -85,16 +84,28 @@ def measure_step_memory(model: CausalLM, config: EngineConfig, *, cuda_graphs: b
     for i in range(num_seqs):
         scheduler.add_request(Request(str(i), [0] * length, SamplingParams(max_tokens=1, ignore_eos=True)))
     runner.execute(scheduler.schedule())
-    eager = before - torch.cuda.mem_get_info(device)[0]
-    one_graph = 0
+    taken = torch.cuda.memory_reserved(device) - before - cache.nbytes
     if cuda_graphs:
-        reserved = torch.cuda.memory_reserved(device)
-        graphs.record(sizes=[num_seqs])
-        after = before - torch.cuda.mem_get_info(device)[0]
-        pool = torch.cuda.memory_reserved(device) - reserved  # the smaller graphs fit into the largest one's
-        one_graph = pool + (after - eager - pool) * len(graph_sizes(num_seqs))
-    taken = eager - cache.nbytes + one_graph
+        pool, launch_data = min(_memory_of_a_graph(graphs, device) for _ in range(2))  # another process may disturb one
+        taken += pool + launch_data * len(graphs.sizes)  # the smaller graphs' tensors fit into the largest one's pool
     del cache, graphs, runner
+    _release()
+    return taken
+
+
+def _memory_of_a_graph(graphs: DecodeGraphs, device: torch.device) -> tuple[int, int]:
+    """Bytes of the largest graph: in torch's allocator, and outside of it."""
+    graphs.drop()
+    _release()
+    before = device_memory(device, 0, 0)
+    graphs.record(graphs.sizes[-1:])
+    _release()
+    after = device_memory(device, 0, 0)
+    pool = after.steps + after.allocator - before.steps - before.allocator
+    return max(pool, 0), max(after.outside - before.outside, 0)
+
+
+def _release() -> None:
+    """Gives what torch's allocator holds and nobody uses back to the driver."""
     gc.collect()
     torch.cuda.empty_cache()
-    return taken

@@ -246,7 +246,7 @@ class ModelRunner:
                 self._sampled = set()
                 return
             slots = to_device(self._tables.slots[[i for i, _ in samples]], self._device)
-        graphs.last_tokens[slots] = tokens
+        graphs.last_tokens.index_copy_(0, slots, tokens)
 
     def _places(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """block · block_size + offset of each position in its sequence's table."""

@@ -54,7 +54,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """`checkpoints(family)` → directory of random weights, and transformers' greedy tokens on the GPU for each prompt."""
+    """`checkpoints(family)` → directory of random weights, and transformers' greedy tokens of each prompt on CUDA."""
     made = {}
 
     def make(family: str):

@@ -83,12 +83,12 @@ async def chat_prompt(
     return await service.encode(text, False, "messages")
 
 
-RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token")
+RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token")
 
 
 def _checked_variables(variables: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     for name in variables or ():
-        if name in RESERVED_VARIABLES or not name.isidentifier():
+        if name in RESERVED_VARIABLES or name.startswith("_") or not name.isidentifier():
             raise ApiError(400, f"chat_template_kwargs: {name[:80]!r} cannot be set here", param="chat_template_kwargs")
     return variables
 

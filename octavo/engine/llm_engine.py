@@ -51,7 +51,7 @@ class LLMEngine:
         model: in evaluation mode, on its device.
         tokenizer: None serves token ids only.
         config: sizes; its num_blocks are allocated here.
-        cache_dtype: of the KV cache; the model's activations' by default.
+        cache_dtype: of the KV cache; `CausalLM.cache_dtype` by default.
         seed: for requests that bring none.
         generation_defaults: what the model's authors recommend, under SamplingParams' names.
         run_ahead: launch a step before the last one's tokens are read, where the scheduler can; by default on a GPU.
@@ -87,7 +87,7 @@ class LLMEngine:
         self._grammar_compiler: GrammarCompiler | None = None
         if tokenizer is not None:
             self._grammar_compiler = GrammarCompiler(tokenizer, model.config.vocab_size, self._eos_token_ids)
-        cache = PagedKVCache(model, config.num_blocks, config.block_size, cache_dtype or model.dtype, model.device)
+        cache = PagedKVCache(model, config.num_blocks, config.block_size, cache_dtype or model.cache_dtype, model.device)
         sampler = Sampler(model.config.vocab_size, model.device, seed, self._encode)
         bounds = {"max_num_seqs": config.max_num_seqs, "max_model_len": config.max_model_len}
         on_gpu = model.device.type == "cuda"
@@ -116,7 +116,7 @@ class LLMEngine:
         config = EngineConfig(
             num_blocks=1,  # until the memory that is there has been measured
             max_model_len=max_model_len,
-            kv_bytes_per_token=kv_bytes_per_token(model, model.dtype),
+            kv_bytes_per_token=kv_bytes_per_token(model, model.cache_dtype),
             block_size=options.block_size,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.resolved_max_num_batched_tokens(model.device),

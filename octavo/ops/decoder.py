@@ -25,7 +25,7 @@ class DecoderStack:
     """Pre-norm layers x + attn(norm(x)), x + down(silu(gate) · up)(norm(x)) with quantised weights, then a last norm.
 
     All weights have one type, head_dim and the rotary dimensions are multiples of 32 with halves side by side, scores
-    have neither softcap nor sink, caches are fp32.
+    have neither softcap nor sink, caches are fp32 or fp16.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class DecoderStack:
         self._table = self._make_table(self._parts)
         self._final_norm = _norm(final_norm)
         self._run, self._set_caches = decoder.decoder_stack, decoder.set_caches
+        self.cache_dtypes = decoder.cache_dtypes()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         other = copy(self)
@@ -77,7 +78,8 @@ class DecoderStack:
         metadata: AttentionMetadata,
     ) -> Tensor:
         """hidden (T, hidden_size) fp32, used up; cos, sin (T, rotary_dim / 2) fp32; each layer's keys and values
-        (num_blocks, block_size, Hkv, head_dim) fp32. Stores the new keys and values; returns (T, hidden_size) fp32."""
+        (num_blocks, block_size, Hkv, head_dim) of one of `cache_dtypes`. Stores the new keys and values; returns
+        (T, hidden_size) fp32."""
         table = self._table.clone()  # another thread may run the same stack over another cache
         self._set_caches(table, [k for k, _ in caches], [v for _, v in caches])
         k, v = caches[0]

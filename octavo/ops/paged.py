@@ -31,7 +31,8 @@ def paged_attention(
     """Causal attention of new tokens over the cache, which already holds their keys and values.
 
     q (T, Hq, D) packed by `metadata.cu_seqlens_q`; k_cache (num_blocks, block_size, Hkv, D) and v_cache (…, Dv) of q's
-    dtype; the masks align bottom-right, so a sequence's last new token sees all of its `cache_seqlens` keys.
+    dtype, or on the CPU fp16 under fp32; the masks align bottom-right, so a sequence's last new token sees all of its
+    `cache_seqlens` keys.
     `softmax_scale` defaults to 1/√D; `learnable_sink` is (Hq,). Returns (T, Hq, Dv); rows of no sequence give 0.
     A cache in float8_e4m3fn or int8, as `store_kv_cache` quantises, comes with its `k_scale` and `v_scale` (Hkv,) fp32
     (FA3's k_descale and v_descale): the true key is k_cache · k_scale.
@@ -42,8 +43,10 @@ def paged_attention(
     check_shape("v_cache", v_cache, (*k_cache.shape[:3], "Dv"))
     check_heads(q.shape[1], k_cache.shape[2])
     if k_scale is None and v_scale is None:
-        check_like("k_cache", k_cache, q)
-        check_like("v_cache", v_cache, q)
+        halved = (q.dtype, k_cache.dtype, v_cache.dtype) == (torch.float32, torch.float16, torch.float16)
+        like = q.new_empty(0, dtype=torch.float16) if halved and q.device.type == "cpu" else q
+        check_like("k_cache", k_cache, like)
+        check_like("v_cache", v_cache, like)
     else:
         check_quantised(k_cache, v_cache, k_scale, v_scale)
     tensors = paged_tensors(q, metadata, learnable_sink, k_scale, v_scale)

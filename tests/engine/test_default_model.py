@@ -20,7 +20,6 @@ pytestmark = pytest.mark.real_model
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "default_model_greedy.json").read_text())["entries"]
 PROMPTS = [entry["prompt_token_ids"] for entry in REFERENCE]
-KV_BYTES = 2 * 30 * 3 * 64 * 4  # per token: keys and values, layers, heads, head_dim, fp32
 
 
 @pytest.fixture(scope="module", params=["unpacked", "quantised"])
@@ -29,7 +28,8 @@ def loaded(request):
 
 
 def run(loaded, params=None, prompts=PROMPTS, num_blocks=256, **options):
-    options = EngineOptions(kv_cache_memory=num_blocks * 16 * KV_BYTES, max_model_len=512, device="cpu", **options)
+    kv_bytes = 2 * 30 * 3 * 64 * loaded.model.cache_dtype.itemsize  # of a token: K and V, layers, heads, head_dim
+    options = EngineOptions(kv_cache_memory=num_blocks * 16 * kv_bytes, max_model_len=512, device="cpu", **options)
     llm = LLM.from_engine(LLMEngine.from_loaded(loaded, options))
     outputs = llm.generate(prompts, params or SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
     llm.engine.check_integrity()

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from octavo.kernels.cpu.jit import Kernel
-from octavo.kernels.cpu.paged_attention import attention_arguments, scratch_bytes
+from octavo.kernels.cpu.jit import Kernel, lacks
+from octavo.kernels.cpu.paged_attention import TYPES, attention_arguments, scratch_bytes
 from octavo.kernels.cpu.quant_linear import GROUP, workspace_bytes
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 
@@ -62,6 +62,11 @@ class DecoderLayerParts(NamedTuple):
     window_left: int
 
 
+def cache_dtypes() -> tuple[torch.dtype, ...]:
+    """What keys and values may be kept in on this CPU, the cheapest first."""
+    return (torch.float32,) if lacks("f16c") else (torch.float16, torch.float32)
+
+
 def layer_table(layers: Sequence[DecoderLayerParts]) -> Tensor:
     """(layers, LAYER_FIELDS) int64 of addresses, valid as long as the tensors live; `set_caches` adds the caches'."""
     rows = []
@@ -92,7 +97,8 @@ def decoder_stack(
 ) -> Tensor:
     """hidden (T, hidden_size) fp32 is used up; returns the normalised output (T, hidden_size).
 
-    `k_cache` and `v_cache` are any layer's (num_blocks, block_size, Hkv, head_dim) fp32: all have the same strides.
+    `k_cache` and `v_cache` are any layer's (num_blocks, block_size, Hkv, head_dim) fp32 or fp16: all have the
+    same strides.
     cos and sin are (T, rotary_dim / 2) fp32, slot_mapping (T,) int64 with negative slots not stored.
     """
     tokens, threads = hidden.shape[0], torch.get_num_threads()
@@ -111,7 +117,7 @@ def decoder_stack(
     attention, keep = attention_arguments(q, k_cache, v_cache, spec, t, attended, None, scratch[:, row_bytes:])
     packed = torch.frombuffer(bytearray(attention), dtype=torch.int64)
     assert len(packed) * 8 <= 512
-    kernel = _kernel(head_dim, shape.bits, shape.has_mins, shape.wide_scales)
+    kernel = _kernel(head_dim, shape.bits, shape.has_mins, shape.wide_scales, TYPES[k_cache.dtype])
     kernel(
         *(hidden.data_ptr(), tokens, len(table), table.data_ptr(), final_norm.data_ptr(), out.data_ptr()),
         *(shape.hidden_size, shape.intermediate_size, heads, kv_heads, shape.zero_point),
@@ -130,10 +136,11 @@ def _address(tensor: Tensor | None) -> int:
 
 
 @functools.cache
-def _kernel(head_dim: int, bits: int, has_mins: bool, wide_scales: bool) -> Kernel:
+def _kernel(head_dim: int, bits: int, has_mins: bool, wide_scales: bool, kv_type: str) -> Kernel:
     def build():
         from octavo.kernels.cpu.decoder_code import make_kernel
 
-        return make_kernel(head_dim, bits, has_mins, wide_scales)
+        return make_kernel(head_dim, bits, has_mins, wide_scales, kv_type)
 
-    return Kernel(f"decoder-{head_dim}-{bits}{'m' if has_mins else 'z'}{'32' if wide_scales else '16'}", build)
+    weights = f"{bits}{'m' if has_mins else 'z'}{'32' if wide_scales else '16'}"
+    return Kernel(f"decoder-{head_dim}-{weights}-{kv_type}", build)

@@ -6,7 +6,7 @@ from numba.core import cgutils
 
 from octavo.kernels.cpu.decoder import LAYER_FIELDS
 from octavo.kernels.cpu.jit import HEADER
-from octavo.kernels.cpu.paged_attention_code import make_attention
+from octavo.kernels.cpu.paged_attention_code import make_attention, make_store_row
 from octavo.kernels.cpu.quant_linear_code import make_phases
 from octavo.kernels.cpu.simd import (
     F32,
@@ -67,45 +67,40 @@ def _emit_rotate(code, x, cos, sin, half):
         code.store(b.fadd(b.fmul(c, turn_cos), b.fmul(a, turn_sin)), second)
 
 
-def _emit_copy(code, source, target, width):
-    with cgutils.for_range(code.b, code.b.sdiv(width, I64(LANES))) as loop:
-        at = code.b.mul(loop.index, I64(64))
-        code.store(code.load(code.b.add(source, at), vector(F32)), code.b.add(target, at))
+rms_norm, swiglu, rotate = (emitted(emit) for emit in (_emit_rms_norm, _emit_swiglu, _emit_rotate))
 
 
-rms_norm, swiglu, rotate, copy_row = (emitted(e) for e in (_emit_rms_norm, _emit_swiglu, _emit_rotate, _emit_copy))
+def make_rotate_and_store(head_dim, kv_type):
+    """q and k of a thread's tokens: their norms where there are any, the rotation; k and v into the cache."""
+    store_row, width = make_store_row(head_dim, kv_type), 4 * head_dim
 
+    @_jit
+    def rotate_and_store(p, layer, attention, row, me, threads):
+        heads, kv_heads, half = int_argument(p, 8), int_argument(p, 9), int_argument(p, 13)
+        one = row - 60
+        f32(one)[0] = 1.0
+        block_size = int_argument(attention, 12)
+        first, last = share(int_argument(p, 1), me, threads)
+        for t in range(first, last):
+            q = int_argument(p, 15) + t * (heads + 2 * kv_heads) * width
+            cos, sin = int_argument(p, 11) + 4 * t * half, int_argument(p, 12) + 4 * t * half
+            for h in range(heads + kv_heads):
+                norm = i64(layer)[2] if h < heads else i64(layer)[3]
+                if norm != 0:
+                    rms_norm((q + h * width, norm, head_dim, row - 64, q + h * width))
+                rotate((q + h * width, cos, sin, half))
+            slot = i64(int_argument(p, 14))[t]
+            if slot < 0:
+                continue
+            block, offset = slot // block_size, slot % block_size
+            k_to = i64(layer)[20] + block * int_argument(attention, 13) + offset * int_argument(attention, 14)
+            v_to = i64(layer)[21] + block * int_argument(attention, 16) + offset * int_argument(attention, 17)
+            for h in range(kv_heads):
+                k = q + (heads + h) * width
+                store_row((k, one, k_to + h * int_argument(attention, 15)))
+                store_row((k + kv_heads * width, one, v_to + h * int_argument(attention, 18)))
 
-@_jit
-def rotate_and_store(p, layer, attention, row, me, threads):
-    """q and k of this thread's tokens: their norms where there are any, the rotation; k and v into the cache."""
-    heads, kv_heads, half, head_dim = (
-        int_argument(p, 8),
-        int_argument(p, 9),
-        int_argument(p, 13),
-        int_argument(attention, 30),
-    )
-    width = 4 * head_dim
-    block_size = int_argument(attention, 12)
-    first, last = share(int_argument(p, 1), me, threads)
-    for t in range(first, last):
-        q = int_argument(p, 15) + t * (heads + 2 * kv_heads) * width
-        cos, sin = int_argument(p, 11) + 4 * t * half, int_argument(p, 12) + 4 * t * half
-        for h in range(heads + kv_heads):
-            norm = i64(layer)[2] if h < heads else i64(layer)[3]
-            if norm != 0:
-                rms_norm((q + h * width, norm, head_dim, row - 64, q + h * width))
-            rotate((q + h * width, cos, sin, half))
-        slot = i64(int_argument(p, 14))[t]
-        if slot < 0:
-            continue
-        block, offset = slot // block_size, slot % block_size
-        for h in range(kv_heads):
-            k = q + (heads + h) * width
-            k_to = block * int_argument(attention, 13) + offset * int_argument(attention, 14)
-            v_to = block * int_argument(attention, 16) + offset * int_argument(attention, 17)
-            copy_row((k, i64(layer)[20] + k_to + h * int_argument(attention, 15), head_dim))
-            copy_row((k + kv_heads * width, i64(layer)[21] + v_to + h * int_argument(attention, 18), head_dim))
+    return rotate_and_store
 
 
 def make_row_phases(quantize_one):
@@ -133,11 +128,12 @@ def make_row_phases(quantize_one):
     return normalize, activate
 
 
-def make_run_layer(head_dim, bits, has_mins, wide_scales):
+def make_run_layer(head_dim, bits, has_mins, wide_scales, kv_type):
     """One layer, a barrier after each phase."""
     quantize, multiply, quantize_one = make_phases(bits, has_mins, wide_scales)
     normalize, activate = make_row_phases(quantize_one)
-    attend_items = make_attention(head_dim, head_dim, "f32", "f32")
+    attend_items = make_attention(head_dim, head_dim, "f32", kv_type)
+    rotate_and_store = make_rotate_and_store(head_dim, kv_type)
 
     @_jit
     def product(p, linear, in_features, out_features, out, accumulate, me, threads):
@@ -197,13 +193,13 @@ def make_run_layer(head_dim, bits, has_mins, wide_scales):
     return run_layer
 
 
-def make_kernel(head_dim, bits, has_mins, wide_scales):
-    run_layer = make_run_layer(head_dim, bits, has_mins, wide_scales)
+def make_kernel(head_dim, bits, has_mins, wide_scales, kv_type):
+    run_layer = make_run_layer(head_dim, bits, has_mins, wide_scales, kv_type)
 
     def kernel(p):
         me, threads = thread(p), num_threads(p)
         mine = int_argument(p, 19) + me * int_argument(p, 20)
-        row = mine + 512  # before it: a copy of the attention's arguments, and eps
+        row = mine + 512  # before it: a copy of the attention's arguments, eps, and the factor of stores
         f32(row - 64)[0] = float_argument(p, 24)
         for i in range(int_argument(p, 22)):
             i64(mine)[i] = i64(int_argument(p, 21))[i]

@@ -18,16 +18,17 @@ from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 
 MAX_ROWS = 48  # of an item
 TILE = 64  # keys
-_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def refuses_paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> str | None:
     """Why this kernel cannot take the call, or None."""
-    if q.dtype not in _TYPES or k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
-        return f"it takes fp32, fp16 and bf16, one dtype for all, not {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
-    if q.dtype == torch.float16 and lacks("f16c"):
+    halved = q.dtype == torch.float32 and k_cache.dtype == torch.float16
+    if q.dtype not in TYPES or not (halved or k_cache.dtype == q.dtype) or v_cache.dtype != k_cache.dtype:
+        return f"it takes one of fp32, fp16, bf16, or an fp16 cache under fp32, not {k_cache.dtype} under {q.dtype}"
+    if k_cache.dtype == torch.float16 and lacks("f16c"):
         return "this CPU has no instructions for fp16"
     if q.shape[-1] % 16 or v_cache.shape[-1] % 16 or max(q.shape[-1], v_cache.shape[-1]) > 256:
         return f"it takes head_dims that are multiples of 16 up to 256, not {q.shape[-1]} and {v_cache.shape[-1]}"
@@ -54,7 +55,7 @@ def paged_attention(
     threads = torch.get_num_threads()
     scratch = torch.empty(threads, scratch_bytes(head_dim, head_dim_v), dtype=torch.uint8)
     arguments, keep = attention_arguments(q, k_cache, v_cache, spec, t, out, maxima_and_totals, scratch)
-    _kernel(head_dim, head_dim_v, _TYPES[q.dtype]).run(arguments, threads)
+    _kernel(head_dim, head_dim_v, TYPES[q.dtype], TYPES[k_cache.dtype]).run(arguments, threads)
     del keep
     maxima, totals = maxima_and_totals
     return out, maxima + totals.log()
@@ -101,10 +102,11 @@ def scratch_bytes(head_dim: int, head_dim_v: int) -> int:
 
 
 @functools.cache
-def _kernel(head_dim: int, head_dim_v: int, dtype: str) -> Kernel:
+def _kernel(head_dim: int, head_dim_v: int, io_type: str, kv_type: str) -> Kernel:
     def build():
         from octavo.kernels.cpu.paged_attention_code import make_kernel
 
-        return make_kernel(head_dim, head_dim_v, dtype)
+        return make_kernel(head_dim, head_dim_v, io_type, kv_type)
 
-    return Kernel(f"paged-attention-{head_dim}-{head_dim_v}-{dtype}", build)
+    types = io_type if io_type == kv_type else f"{io_type}-{kv_type}"
+    return Kernel(f"paged-attention-{head_dim}-{head_dim_v}-{types}", build)

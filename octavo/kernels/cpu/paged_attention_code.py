@@ -533,8 +533,8 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
     return attend
 
 
-def make_kernel(head_dim, head_dim_v, dtype):
-    attend = make_attention(head_dim, head_dim_v, dtype, dtype)
+def make_kernel(head_dim, head_dim_v, io_type, kv_type):
+    attend = make_attention(head_dim, head_dim_v, io_type, kv_type)
 
     def kernel(p):
         me, threads = thread(p), num_threads(p)

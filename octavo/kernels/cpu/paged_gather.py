@@ -40,7 +40,7 @@ def paged_attention(
         if rows == 0:
             continue
         blocks = t.block_table[b, : -(-keys // block_size)].to(torch.int64)
-        k, v = (cache[blocks].flatten(0, 1)[leftpad:keys].unsqueeze(0) for cache in (k_cache, v_cache))
+        k, v = (cache[blocks].flatten(0, 1)[leftpad:keys].unsqueeze(0).to(q.dtype) for cache in (k_cache, v_cache))
         window = slice(start, start + rows)
         one = AttentionTensors(
             max_seqlen_q=rows,

@@ -32,5 +32,5 @@ def paged_attention(
         t = replace(t, k_scale=None, v_scale=None)
         out, lse = paged_attention(q.float(), k_cache, v_cache, spec, t, num_splits)
         return out.to(q.dtype), lse
-    k, v = (packing.gather_pages(cache, t.block_table, t.seqused_k) for cache in (k_cache, v_cache))
+    k, v = (packing.gather_pages(cache, t.block_table, t.seqused_k).to(q.dtype) for cache in (k_cache, v_cache))
     return flash_fwd(q, k, v, spec, replace(t, block_table=None, max_seqlen_k=k.shape[1]))

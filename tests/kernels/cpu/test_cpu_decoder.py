@@ -106,6 +106,15 @@ def test_the_stack_is_as_near_to_exact_as_its_layers_one_by_one(family: str, qty
     assert (fused - modular).norm() < usual
 
 
+def test_keys_and_values_in_fp16_cost_what_their_rounding_costs() -> None:
+    model = make_model({})
+    assert model.cache_dtype == torch.float16
+    exact = run(dense(model), "reference", torch.float64)
+    modular, fused, full = (run(model, *how) for how in (("reference", torch.float16), (None, torch.float16), (None,)))
+    error, usual = (fused - exact).norm(), (modular - exact).norm()
+    assert (full - exact).norm() < error < 1.2 * usual
+
+
 def test_a_single_token_through_one_layer_differs_in_the_last_bits_only() -> None:
     model = make_model({"num_layers": 1, "layer_windows": (0,)})
     with torch.no_grad():

@@ -76,6 +76,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_an_fp16_cache_under_fp32_queries(head_dim: int, threads: int) -> None:
+    q, k, v, spec, t = make_call([1, 33, 1, 9], [200, 5, 0, 70], head_dim=head_dim)
+    check((q, k.half(), v.half(), spec, t))
+
+
 @pytest.mark.parametrize(
     ("new", "context"),
     [
@@ -138,7 +144,7 @@ def test_random_batches(lengths: list[tuple[int, int]], block_size: int, window_
 def test_what_it_cannot_do_is_refused_with_a_reason() -> None:
     q, k, v, spec, t = make_call([1], [4])
     assert "multiples of 16" in str(refuses_paged_attention(q[..., :8], k[..., :8], v[..., :8], spec, t))
-    assert "one dtype" in str(refuses_paged_attention(q.double(), k, v, spec, t))
+    assert "an fp16 cache under fp32" in str(refuses_paged_attention(q.double(), k, v, spec, t))
     assert "dropout" in str(refuses_paged_attention(q, k, v, AttentionSpec(1.0, dropout_p=0.1), t))
     padded = AttentionTensors(leftpad_k=torch.zeros(1))
     assert "leftpad_k" in str(refuses_paged_attention(q, k, v, spec, padded))

@@ -153,6 +153,17 @@ def test_packed_halves_replay_the_dropout_of_their_rng_state():
     torch.testing.assert_close((dv * v).sum(), out.square().sum())
 
 
+def test_the_packed_forward_reads_pages_too():
+    q, k, v = torch.randn(2, 4, 8), torch.randn(3, 4, 2, 8), torch.randn(3, 4, 2, 8)
+    cu_q, cu_k = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 7, 10], dtype=torch.int32)
+    table = torch.tensor([[2, 0], [1, 99]], dtype=torch.int32)
+    out, lse, *_ = fa2._flash_attn_varlen_forward(q, k, v, cu_q, cu_k, 1, 8, 0.0, None, True, block_table=table)
+    for b, keys in enumerate((torch.cat((k[2], k[0]))[:7], k[1][:3])):
+        values = (torch.cat((v[2], v[0]))[:7], v[1][:3])[b]
+        expected = octavo.flash_attn_func(q[None, b : b + 1], keys[None], values[None], return_lse=True)
+        torch.testing.assert_close((out[None, b : b + 1], lse[None, :, b : b + 1]), expected)
+
+
 def test_flash_attn_3s_module():
     q, k, v = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
     expected, expected_lse = octavo.flash_attn_func(q, k, v, causal=True, return_lse=True)

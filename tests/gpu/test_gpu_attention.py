@@ -126,6 +126,8 @@ def check(backend, q, k, v, spec, t=NO_TENSORS, dlse=False, times=2, backward=Tr
                 3,
                 1e-4,
             )
+    if backend == "hopper" and not spec.deterministic:  # its sums of dq come in any order
+        return
     again = bwd(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True) if a is not None), (
         "gradients differ between runs"
@@ -310,7 +312,7 @@ def test_paged_decode(backend, heads, page, num_splits):
         cu_seqlens_q=torch.arange(len(lengths) + 1, dtype=torch.int32, device=DEVICE),
     )  # fmt: skip
     q = randn(len(lengths), heads[0], head_dim, dtype=torch.bfloat16)
-    for scalars in ({}, {"window_left": 200}, {"softcap": 10.0}):
+    for scalars in ({}, {"window_left": 200}, {"softcap": 10.0}) if page == 16 else ({},):  # each is compiled
         spec = AttentionSpec(head_dim**-0.5, window_right=0, **scalars)
         decode = kernel(backend, "paged_attention", "paged_attention", q, k_cache, v_cache, spec, t, num_splits)
         out, lse = decode(q, k_cache, v_cache, spec, t, num_splits)

@@ -57,14 +57,16 @@ def _flash_attn_varlen_forward(
     zero_tensors: bool = False,
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_flash_attn_forward` of packed q, k, v. zero_tensors and num_splits change nothing."""
-    if block_table is not None or leftpad_k is not None:
-        raise ValueError(
-            "block_table, leftpad_k: expected None here; use flash_attn_varlen_func or flash_attn_with_kvcache"
-        )
+    """`_flash_attn_forward` of packed q, k, v, or of paged k and v. zero_tensors and num_splits change nothing."""
+    if leftpad_k is not None:
+        raise ValueError("leftpad_k: expected None here; use flash_attn_with_kvcache, which has cache_leftpad")
     options = _options(dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes)
-    options |= _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _forward(q, k, v, options | {"seqused_k": seqused_k}, return_softmax)
+    options |= _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) | {"seqused_k": seqused_k}
+    if block_table is None:
+        return _forward(q, k, v, options, return_softmax)
+    with torch.no_grad():
+        out, softmax_lse = flash_attn_varlen_func(q, k, v, **options, block_table=block_table, return_lse=True)
+    return out, softmax_lse, q.new_empty(0), torch.zeros(2, dtype=torch.int64)
 
 
 def _flash_attn_backward(

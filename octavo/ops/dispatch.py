@@ -24,7 +24,7 @@ _PREFERENCE = {"cuda": ("hopper", "triton", "reference"), "cpu": ("cpu", "refere
 _MODULES = {
     "flash_fwd": ("flash_fwd",),
     "flash_bwd": ("flash_bwd",),
-    "paged_attention": ("paged_attention", "paged_gather"),
+    "paged_attention": ("paged_prefill", "paged_decode", "paged_attention", "paged_gather"),
     "mla_decode": ("mla_decode",),
     "store_kv_cache": ("cache",),
     "store_latent_cache": ("cache",),

@@ -4,8 +4,10 @@ Written for Triton 3.6 (the GPU machine's) and 3.9. The aliases are looked up wh
 written once. Triton itself uses named barriers 0 to 1 + (number of worker partitions); ours start at `FIRST_BARRIER`.
 """
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 FIRST_BARRIER = 6
@@ -15,9 +17,29 @@ if hasattr(tma, "async_load"):
 else:  # Triton 3.6
     tma_load, tma_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
+warps_sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of one partition
+
+if hasattr(tma, "async_atomic_add"):
+    tma_add = tma.async_atomic_add
+else:  # Triton 3.6 has the operation, but no name for it
+
+    @builtin
+    def tma_add(tensor_desc, coord, src, _semantic=None):  # type: ignore[no-untyped-def]
+        """Start adding a block in shared memory to global memory."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+        _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
 
 # over a loop, the assembler of Triton 3.9 copies operands that stay in registers at every turn; that of 3.6 does not
 KEEPS_LOOP_OPERANDS = not hasattr(tma, "async_load")
+
+
+@builtin
+def reinterpret(memory, shape, layout, _semantic=None):  # type: ignore[no-untyped-def]
+    """Shared memory in another shape and layout; a method with a leading underscore until 3.6, without in 3.9."""
+    shape = [_unwrap_if_constexpr(size) for size in _unwrap_if_constexpr(shape)]
+    return _semantic.memdesc_reinterpret(memory, memory.dtype, shape, _unwrap_if_constexpr(layout))
 
 
 @gluon.jit
@@ -50,10 +72,19 @@ def barrier_sync_if(condition, index, THREADS: gl.constexpr):
 
 
 @gluon.jit
-def launch_dependents(x):
-    """Let the next kernel of the stream start where there is room, if it was launched so; x is any scalar."""
+def wait_for_earlier_kernel(x):
+    """Wait for the kernel before this one and let the next one start: see `triton.early_launch`; x is any int32."""
     gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r,r", [x],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def tma_written_wait():
+    """Wait until this thread's TMA stores are in global memory; `tma_store_wait` waits only until they left shared."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1
     )
 
 

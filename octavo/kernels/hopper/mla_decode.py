@@ -28,8 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from octavo.kernels.hopper.gluon_compat import launch_dependents, tma_load
+from octavo.kernels.hopper.gluon_compat import scale_unless_one, tma_load, wait_for_earlier_kernel, warps_sync
+from octavo.kernels.hopper.launch import integer_key, launch, pointer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
+from octavo.kernels.triton.early_launch import early_launch_options
 from octavo.kernels.triton.flash_fwd import num_processors
 from octavo.kernels.triton.paged_decode import combine
 
@@ -40,6 +42,7 @@ ROWS = gl.constexpr(64)  # query rows of one thread block: the M of wgmma
 BLOCK = gl.constexpr(64)  # tokens of one block
 HALF = gl.constexpr(256)  # columns of the latent that one warpgroup accumulates
 ROPE = gl.constexpr(64)
+WIDTH = gl.constexpr(576)  # of a latent with its rotary part
 STAGES = gl.constexpr(3)
 
 
@@ -49,20 +52,20 @@ def _add(a, b):
 
 
 @gluon.jit
-def _costs(b, batch, seqused, OVERHEAD: gl.constexpr):
-    """Units of work of sequences `b`: their blocks, and what starting one costs."""
+def _costs(b, batch, seqused):
+    """Units of work of sequences `b`: their blocks, and one for an empty sequence, so that each is visited."""
     keys = gl.load(seqused + b, mask=b < batch, other=0)
-    return gl.where(b < batch, gl.maximum(gl.cdiv(keys, BLOCK) + OVERHEAD, 1), 0)
+    return gl.where(b < batch, gl.maximum(gl.cdiv(keys, BLOCK), 1), 0)
 
 
 @gluon.jit
-def share_of_part(part, parts, batch, seqused, OVERHEAD: gl.constexpr, BLOCK_B: gl.constexpr):
+def share_of_part(part, parts, batch, seqused, BLOCK_B: gl.constexpr):
     """(first unit of this part, one past its last, units a part, the sequence it begins in, that one's first unit)."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     total = 0
     longest = 1
     for b0 in range(0, batch, BLOCK_B):
-        cost = _costs(b0 + gl.arange(0, BLOCK_B, layout), batch, seqused, OVERHEAD)
+        cost = _costs(b0 + gl.arange(0, BLOCK_B, layout), batch, seqused)
         total += gl.sum(cost, axis=0)
         longest = gl.maximum(longest, gl.max(cost, axis=0))
     share = gl.cdiv(total, parts)
@@ -75,7 +78,7 @@ def share_of_part(part, parts, batch, seqused, OVERHEAD: gl.constexpr, BLOCK_B: 
     before = 0
     for b0 in range(0, batch, BLOCK_B):
         index = b0 + gl.arange(0, BLOCK_B, layout)
-        cost = _costs(index, batch, seqused, OVERHEAD)
+        cost = _costs(index, batch, seqused)
         passed = (before + gl.associative_scan(cost, 0, _add) <= begin) & (index < batch)
         b += gl.sum(passed.to(gl.int32), axis=0)
         start += gl.sum(gl.where(passed, cost, 0), axis=0)
@@ -84,13 +87,11 @@ def share_of_part(part, parts, batch, seqused, OVERHEAD: gl.constexpr, BLOCK_B: 
 
 
 @gluon.jit
-def piece(unit, unit_end, start, length, OVERHEAD: gl.constexpr):
+def piece(unit, unit_end, start, length):
     """Of the sequence that begins at unit `start`: (its last unit + 1, blocks [lo, hi) of it in this part)."""
     blocks = gl.cdiv(length, BLOCK)
-    end = start + gl.maximum(blocks + OVERHEAD, 1)
-    lo = gl.maximum(unit - start - OVERHEAD, 0)
-    hi = gl.maximum(gl.minimum(gl.minimum(unit_end, end) - start - OVERHEAD, blocks), lo)
-    return end, lo, hi
+    end = start + gl.maximum(blocks, 1)
+    return end, unit - start, gl.minimum(gl.minimum(unit_end, end) - start, blocks)
 
 
 @gluon.jit
@@ -160,11 +161,12 @@ def softmax_block(s, top, l, scale, n, last, MASK: gl.constexpr):
 
 @gluon.jit
 def score_blocks(
-    n, stop, first, index, sent, q, top, l, scale, last, smem, bars, LATE: gl.constexpr, MASK: gl.constexpr
-):
+    n, stop, index, sent, q, top, l, scale, last, kv_smem, factor_smem, bars,
+    MASK: gl.constexpr,
+):  # fmt: skip
     """Blocks n, n - 1, …, stop: P, in the place of the rotary part, and its factor to the other warpgroups."""
     q_left, q_right0, q_right1, q_right2, q_rest = q
-    left_smem, right_smem, rope_smem, factor_smem = smem
+    left_smem, right_smem, rope_smem = kv_smem
     left_full, right_full, rope_full, p_full, p_empty = bars
     right = right_smem._reinterpret(right_smem.dtype, [4 * STAGES, BLOCK, 64], q_rest.layout)
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -185,19 +187,14 @@ def score_blocks(
         mbarrier.wait(rope_full.index(pair), (index // 2) & 1)
         k = rope_smem.index(pair).reshape([BLOCK, ROPE]).permute((1, 0))
         s = warpgroup_mma(q_rest.index(1), k, s, is_async=True)
-        if LATE == 1:
-            mbarrier.arrive(p_full.index(slot ^ 1), count=1, pred=n < first)
         s = warpgroup_mma_wait(0, [s])
-        if LATE == 2:
-            mbarrier.arrive(p_full.index(slot ^ 1), count=1, pred=n < first)
-        gl.thread_barrier()
+        warps_sync()
         p, top, l, alpha = softmax_block(s, top, l, scale, n, last, MASK)
         mbarrier.wait(p_empty.index(slot), ((sent // 2) & 1) ^ 1)
         rope_smem.index(pair).reshape([ROWS, BLOCK]).store(p.to(rope_smem.dtype))
         factor_smem.index(slot).store(alpha)
         fence_async_shared()
-        if LATE == 0:
-            mbarrier.arrive(p_full.index(slot), count=1)
+        mbarrier.arrive(p_full.index(slot), count=1)
         index += 1
         sent += 1
         n -= 1
@@ -205,14 +202,34 @@ def score_blocks(
 
 
 @gluon.jit
+def load_queries(first_row, m_tile, num_rows, q_smem, LAYOUT: gl.constexpr):
+    """Q of one tile: columns 0–255, 256–319, 320–383 and 384–447 in registers, the other 128 in shared memory."""
+    row = m_tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    rows = (first_row + row.to(gl.int64) * WIDTH)[:, None]
+    used = (row < num_rows)[:, None]
+    left = gl.load(rows + gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :], mask=used, other=0.0)
+    column = HALF + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))[None, :]
+    right0 = gl.load(rows + column, mask=used, other=0.0)
+    right1 = gl.load(rows + column + 64, mask=used, other=0.0)
+    right2 = gl.load(rows + column + 128, mask=used, other=0.0)
+    coalesced: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = m_tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, coalesced))
+    rows = (first_row + row.to(gl.int64) * WIDTH)[:, None]
+    used = (row < num_rows)[:, None]
+    column = WIDTH - 128 + gl.arange(0, 64, gl.SliceLayout(0, coalesced))[None, :]
+    for k in gl.static_range(2):
+        q_smem.index(k).store(gl.load(rows + column + 64 * k, mask=used, other=0.0))
+    fence_async_shared()
+    warps_sync()
+    return left, right0, right1, right2, q_smem
+
+
+@gluon.jit
 def scores(
-    q_ptr, tensors, q_smem, top_smem, smem, bars, unit, unit_end, b, start, heads, scale, m_tile,
-    LATE: gl.constexpr, OVERHEAD: gl.constexpr,
-):  # fmt: skip
-    """The first warpgroup: scores and softmax."""
-    seqused, cu_q, block_table = tensors
-    left_smem, right_smem, rope_smem, factor_smem = smem
-    left_full, right_full, rope_full, p_full, p_empty = bars
+    q_ptr, seqused, cu_q, q_smem, top_smem, factor_smem, kv_smem, bars, unit, unit_end, b, start, heads, scale, m_tile
+):
+    """The first warpgroup: scores and softmax; at the end of a piece the rows' sums and reference exponents."""
+    p_full, p_empty = bars[3], bars[4]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
@@ -220,27 +237,11 @@ def scores(
     sent = 0
     while unit < unit_end:
         length = gl.load(seqused + b)
-        end, lo, hi = piece(unit, unit_end, start, length, OVERHEAD)
+        end, lo, hi = piece(unit, unit_end, start, length)
         start_q = gl.load(cu_q + b)
         len_q = gl.load(cu_q + b + 1) - start_q
-        q_row = m_tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, Q_LAYOUT))
-        q_rows = q_ptr + (start_q.to(gl.int64) * heads + q_row) * (2 * HALF + ROPE)
-        used = (q_row < len_q * heads)[:, None]
-        column = gl.arange(0, HALF, gl.SliceLayout(0, Q_LAYOUT))[None, :]
-        q_left = gl.load(q_rows[:, None] + column, mask=used, other=0.0)
-        column = HALF + gl.arange(0, 64, gl.SliceLayout(0, Q_LAYOUT))[None, :]
-        q_right0 = gl.load(q_rows[:, None] + column, mask=used, other=0.0)
-        q_right1 = gl.load(q_rows[:, None] + column + 64, mask=used, other=0.0)
-        q_right2 = gl.load(q_rows[:, None] + column + 128, mask=used, other=0.0)
-        tail: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        q_row = m_tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, tail))
-        q_rows = q_ptr + (start_q.to(gl.int64) * heads + q_row) * (2 * HALF + ROPE) + 2 * HALF - 64
-        column = gl.arange(0, 64, gl.SliceLayout(0, tail))[None, :]
-        for k in gl.static_range(2):
-            used = (q_row < len_q * heads)[:, None]
-            q_smem.index(k).store(gl.load(q_rows[:, None] + column + 64 * k, mask=used, other=0.0))
-        fence_async_shared()
-        gl.thread_barrier()
+        first_row = q_ptr + start_q.to(gl.int64) * heads * WIDTH
+        q = load_queries(first_row, m_tile, len_q * heads, q_smem, Q_LAYOUT)
         row = m_tile * ROWS + gl.arange(0, ROWS, ROW)
         last = length - len_q + row // heads
         clear = gl.minimum(gl.maximum((length - len_q + 1 + m_tile * ROWS // heads) // BLOCK, lo), hi)
@@ -249,11 +250,9 @@ def scores(
         n = hi - 1
         for MASK in gl.static_range(1, -1, -1):
             n, index, sent, top, l = score_blocks(
-                n, clear if MASK else lo, hi - 1, index, sent, (q_left, q_right0, q_right1, q_right2, q_smem), top, l, scale, last, smem, bars,
-                LATE, MASK == 1,
+                n, clear if MASK else lo, index, sent, q, top, l, scale, last, kv_smem, factor_smem, bars,
+                MASK == 1,
             )  # fmt: skip
-        if LATE != 0:
-            mbarrier.arrive(p_full.index((sent + 1) % 2), count=1, pred=lo < hi)
         slot = sent % 2
         mbarrier.wait(p_empty.index(slot), ((sent // 2) & 1) ^ 1)
         factor_smem.index(slot).store(gl.convert_layout(gl.sum(l, axis=1), ROW))
@@ -268,8 +267,8 @@ def scores(
 @gluon.jit
 def write_piece(o, total, top, at, b, outputs, cu_q, sizes, m_tile, SIDE: gl.constexpr):
     """Write the columns of one side, and the LSE with the left one: as they are, or as piece `at` (-1: it is whole)."""
-    out_ptr, lse_ptr, partial_out, partial_lse, meta = outputs
-    heads, table_stride, page_rows, lse_stride, num_rows = sizes
+    out_ptr, lse_ptr, partial_out, partial_lse = outputs
+    heads, lse_stride, num_rows = sizes
     start_q = gl.load(cu_q + b)
     len_q = gl.load(cu_q + b + 1) - start_q
     row = m_tile * ROWS + gl.arange(0, ROWS, total.type.layout)
@@ -290,15 +289,13 @@ def write_piece(o, total, top, at, b, outputs, cu_q, sizes, m_tile, SIDE: gl.con
 
 
 @gluon.jit
-def accumulate(
-    outputs, tensors, descs, kv_smem, full, rope_smem, rope_full, factor_smem, top_smem, bars, work, sizes, m_tile,
-    SIDE: gl.constexpr, PAGE: gl.constexpr, GROUP: gl.constexpr, OVERHEAD: gl.constexpr,
+def accumulate(  # noqa: PLR0915 (one loop of one warpgroup)
+    outputs, pieces, seqused, cu_q, cache, kv_smem, full, rope_smem, rope_full, factor_smem, top_smem, bars,
+    unit, unit_end, b, start, share, part, sizes, m_tile,
+    SIDE: gl.constexpr, PAGE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """The second and third warpgroup: one half of the output's columns."""
-    seqused, cu_q, block_table = tensors
-    unit, unit_end, share, b, start, part = work
-    heads, table_stride, page_rows, lse_stride, num_rows = sizes
-    latent_desc, rope_desc = descs
+    latent_desc, rope_desc, block_table, table_stride, page_rows = cache
     p_full, p_empty = bars
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
@@ -306,7 +303,7 @@ def accumulate(
     sent = 0
     while unit < unit_end:
         length = gl.load(seqused + b)
-        end, lo, hi = piece(unit, unit_end, start, length, OVERHEAD)
+        end, lo, hi = piece(unit, unit_end, start, length)
         table = block_table + b.to(gl.int64) * table_stride
         for k in gl.static_range(STAGES):
             if hi - 1 - k >= lo:
@@ -325,12 +322,12 @@ def accumulate(
             slot = sent % 2
             stage = index % STAGES
             mbarrier.wait(p_full.index(slot), (sent // 2) & 1)
-            o = o * factor_smem.index(slot).load(ROW)[:, None]
+            o = scale_unless_one(o, factor_smem.index(slot).load(ROW)[:, None])
             mbarrier.wait(full.index(stage), (index // STAGES) & 1)
             p = rope_smem.index(index % 2).reshape([ROWS, BLOCK])
             o = warpgroup_mma(p, kv_smem.index(stage).reshape([BLOCK, HALF]), o, is_async=True)
             o = warpgroup_mma_wait(0, [o])
-            gl.thread_barrier()
+            warps_sync()
             mbarrier.arrive(p_empty.index(slot), count=1)
             if SIDE == 1 and n - 2 >= lo:  # P lies where the rotary part goes
                 mbarrier.wait(p_empty.index(slot), (sent // 2) & 1)
@@ -355,8 +352,8 @@ def accumulate(
         at = 2 * part + (unit != part * share).to(gl.int32)
         if unit == start:  # where the pieces of this sequence are
             if SIDE == 0:
-                gl.store(outputs[4] + 2 * b, at)
-                gl.store(outputs[4] + 2 * b + 1, (end - 1) // share - part + 1)
+                gl.store(pieces + 2 * b, at)
+                gl.store(pieces + 2 * b + 1, (end - 1) // share - part + 1)
             at = gl.where(unit_end >= end, -1, at)
         write_piece(o, total, top, at, b, outputs, cu_q, sizes, m_tile, SIDE)
         unit = gl.minimum(end, unit_end)
@@ -374,55 +371,57 @@ def barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["batch", "parts", "m_tiles", "table_stride", "lse_stride", "num_rows"])
 def mla_decode_kernel(
-    latent_desc, rope_desc, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, meta, seqused, cu_q, block_table,
+    latent_desc, rope_desc, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, pieces, seqused, cu_q, block_table,
     batch, parts, m_tiles, heads, table_stride, page_rows, lse_stride, num_rows, scale,
-    PAGE: gl.constexpr, GROUP: gl.constexpr, LATE: gl.constexpr, OVERHEAD: gl.constexpr, BLOCK_B: gl.constexpr,
-    REGS_L: gl.constexpr, REGS: gl.constexpr,
+    PAGE: gl.constexpr, GROUP: gl.constexpr, BLOCK_B: gl.constexpr, REGS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = latent_desc.dtype
-    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    left_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, HALF], layout)
-    right_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, HALF], layout)
-    rope_smem = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, ROPE], layout)  # and P, once multiplied
-    q_smem = gl.allocate_shared_memory(dtype, [2, ROWS, 64], flat)  # the last 64 columns and the rotary part
-    factor_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    column: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    left_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, HALF], latent_desc.layout)
+    right_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, HALF], latent_desc.layout)
+    rope_smem = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, ROPE], latent_desc.layout)  # and P, once multiplied
+    q_smem = gl.allocate_shared_memory(dtype, [2, ROWS, 64], flat)
+    factor_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], column)
+    top_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], column)
     left_full = barriers(STAGES, 1)
     right_full = barriers(STAGES, 1)
     rope_full = barriers(2, 1)
     p_full = barriers(2, 1)
     p_empty = barriers(2, 2)
+    if PDL:
+        wait_for_earlier_kernel(batch)
     part = gl.program_id(0) // m_tiles
     m_tile = gl.program_id(0) % m_tiles
-    begin, unit_end, share, b, start = share_of_part(part, parts, batch, seqused, OVERHEAD, BLOCK_B)
-    top_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    outputs = (out_ptr, lse_ptr, partial_out, partial_lse, meta)
-    launch_dependents(part)
-    work = (begin, unit_end, share, b, start, part)
-    sizes = (heads, table_stride, page_rows, lse_stride, num_rows)
-    tensors = (seqused, cu_q, block_table)
-    smem = (left_smem, right_smem, rope_smem, factor_smem)
-    bars = (left_full, right_full, rope_full, p_full, p_empty)
-    descs = (latent_desc, rope_desc)
+    begin, unit_end, share, b, start = share_of_part(part, parts, batch, seqused, BLOCK_B)
+    outputs = (out_ptr, lse_ptr, partial_out, partial_lse)
+    sizes = (heads, lse_stride, num_rows)
+    cache = (latent_desc, rope_desc, block_table, table_stride, page_rows)
     gl.warp_specialize(
         [
-            (scores, (q_ptr, tensors, q_smem, top_smem, smem, bars, begin, unit_end, b, start, heads, scale, m_tile,
-                      LATE, OVERHEAD)),
-            (accumulate, (outputs, tensors, descs, left_smem, left_full, rope_smem, rope_full, factor_smem, top_smem,
-                          (p_full, p_empty), work, sizes, m_tile, 0, PAGE, GROUP, OVERHEAD)),
-            (accumulate, (outputs, tensors, descs, right_smem, right_full, rope_smem, rope_full, factor_smem, top_smem,
-                          (p_full, p_empty), work, sizes, m_tile, 1, PAGE, GROUP, OVERHEAD)),
+            (scores, (q_ptr, seqused, cu_q, q_smem, top_smem, factor_smem, (left_smem, right_smem, rope_smem),
+                      (left_full, right_full, rope_full, p_full, p_empty), begin, unit_end, b, start, heads, scale,
+                      m_tile)),
+            (accumulate, (outputs, pieces, seqused, cu_q, cache, left_smem, left_full, rope_smem, rope_full,
+                          factor_smem, top_smem, (p_full, p_empty), begin, unit_end, b, start, share, part, sizes,
+                          m_tile, 0, PAGE, GROUP)),
+            (accumulate, (outputs, pieces, seqused, cu_q, cache, right_smem, right_full, rope_smem, rope_full,
+                          factor_smem, top_smem, (p_full, p_empty), begin, unit_end, b, start, share, part, sizes,
+                          m_tile, 1, PAGE, GROUP)),
         ],
         [4, 4],
-        [REGS_L, REGS],
+        [REGS, REGS],
     )  # fmt: skip
 
 
+REGISTERS = 160  # a thread of the two output warpgroups: ptxas refuses fewer beside 64 × 256 accumulators
+MAX_REGISTERS = 168  # of all on average; the scores' warpgroup gets what the two leave: 184
 MAX_ROWS = 1024  # query rows (tokens × heads) of a sequence; above it a kernel for prefill serves better
 _DTYPES = (torch.float16, torch.bfloat16)
+_UNSUPPORTED = ("seqused_q", "leftpad_k", "learnable_sink", "alibi_slopes", "k_scale")
 
 
-def refuses_mla_decode_(
+def refuses_mla_decode(
     q: Tensor, kv_cache: Tensor, head_dim_v: int, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> str | None:
     """Why this backend cannot take the call, or None."""
@@ -442,7 +441,7 @@ def refuses_mla_decode_(
         return f"it takes packed queries of up to {MAX_ROWS} rows (tokens × heads) a sequence, not {rows}"
     if not spec.causal or spec.softcap or spec.softmax_scale <= 0 or num_splits:
         return "it takes causal masks without softcap, a positive scale and no num_splits"
-    given = [name for name in ("seqused_q", "leftpad_k", "learnable_sink", "alibi_slopes") if getattr(t, name) is not None]
+    given = [name for name in _UNSUPPORTED if getattr(t, name) is not None]
     return f"it does not take {', '.join(given)}" if given else None
 
 
@@ -475,9 +474,8 @@ def _descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def mla_decode(
-    q: Tensor, kv_cache: Tensor, head_dim_v: int, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0,
-    late: int = 0, overhead: int = 0, parts: int = 0, pdl: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, kv_cache: Tensor, head_dim_v: int, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
+) -> tuple[Tensor, Tensor]:
     """q (T, Hq, R + rope) packed, kv_cache (num_blocks, block_size, R + rope) → out (T, Hq, R), LSE (Hq, T)."""
     assert t.cu_seqlens_q is not None
     assert t.seqused_k is not None
@@ -490,22 +488,31 @@ def mla_decode(
     if out.numel() == 0 or batch == 0:
         return out.zero_(), lse.fill_(-math.inf)
     m_tiles = triton.cdiv(t.max_seqlen_q * heads, ROWS.value)
-    parts = parts or max(1, num_processors(q.device) // m_tiles)
+    parts = max(1, num_processors(q.device) // m_tiles)
     num_rows = m_tiles * ROWS.value
-    partial_out = torch.empty(2 * parts * num_rows * head_dim_v, dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(2 * parts * num_rows, dtype=torch.float32, device=q.device)
-    pieces = torch.empty(2 * batch, dtype=torch.int32, device=q.device)
+    partials = (
+        torch.empty(2 * parts * num_rows * head_dim_v, dtype=torch.float32, device=q.device),
+        torch.empty(2 * parts * num_rows, dtype=torch.float32, device=q.device),
+        torch.empty(2 * batch, dtype=torch.int32, device=q.device),
+    )
     group = min(page, BLOCK.value)
-    mla_decode_kernel[(parts * m_tiles,)](
+    early = early_launch_options(q.device)
+    arguments = (
         _descriptor(kv_cache, group, HALF.value if group == BLOCK.value else 64),
         _descriptor(kv_cache, group, 64),
-        q, out, lse, partial_out, partial_lse, pieces, t.seqused_k, t.cu_seqlens_q, t.block_table,
+        q, out, lse, *partials, t.seqused_k, t.cu_seqlens_q, t.block_table,
         batch, parts, m_tiles, heads, t.block_table.stride(0), kv_cache.stride(0) // kv_cache.stride(1), lse.stride(0),
         num_rows, spec.softmax_scale * LOG2E.value,
-        PAGE=page, GROUP=group, LATE=late, OVERHEAD=overhead,
-        BLOCK_B=min(max(32, triton.next_power_of_2(batch)), 1024), REGS_L=160, REGS=160,
-        num_warps=4, maxnreg=168,
     )  # fmt: skip
-    sizes = (batch, 1, t.max_seqlen_q, num_rows)
-    combine(out, lse, (partial_out, partial_lse, pieces), t, pdl, sizes, (0, lse.stride(0)))
+    constants = (
+        ("PAGE", page),
+        ("GROUP", group),
+        ("BLOCK_B", 128 if batch <= 128 else 1024),
+        ("REGS", REGISTERS),
+        ("PDL", early["PDL"]),
+    )
+    key = (*(pointer_key(x) for x in (q, *arguments[8:11])), integer_key((heads, arguments[16])))
+    options = {"num_warps": 4, "maxnreg": MAX_REGISTERS, "launch_pdl": early["PDL"]}
+    launch(mla_decode_kernel, (parts * m_tiles, 1, 1), arguments, constants, key, **options)
+    combine(out, lse, partials, t, {"PDL": False}, (batch, 1, t.max_seqlen_q, num_rows), (0, lse.stride(0)))
     return out, lse

@@ -29,8 +29,8 @@ def paged_attention(
     if t.k_scale is not None and t.v_scale is not None:
         k_cache = dequantise(k_cache, t.k_scale, torch.float32)
         v_cache = dequantise(v_cache, t.v_scale, torch.float32)
-        t = replace(t, k_scale=None, v_scale=None)
-        out, lse = paged_attention(q.float(), k_cache, v_cache, spec, t, num_splits)
+        plain = replace(t, k_scale=None, v_scale=None)
+        out, lse = paged_attention(q.float(), k_cache, v_cache, spec, plain, num_splits)
         return out.to(q.dtype), lse
     k, v = (packing.gather_pages(cache, t.block_table, t.seqused_k).to(q.dtype) for cache in (k_cache, v_cache))
     return flash_fwd(q, k, v, spec, replace(t, block_table=None, max_seqlen_k=k.shape[1]))

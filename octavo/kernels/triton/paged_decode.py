@@ -10,12 +10,18 @@ A quantised cache holds x / scale, one scale a key head: the scale of the keys g
 the values into the output, and the products run on fp16, which holds every e4m3 and int8 number exactly.
 """
 
+from collections.abc import Hashable, Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from octavo.kernels.hopper.launch import Constants, integer_key, launch, pointer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
-from octavo.kernels.triton.flash_fwd import capability, contiguous_rows, is_hopper, lacks_fp8, num_processors
+from octavo.kernels.triton.early_launch import early_launch_options
+from octavo.kernels.triton.flash_fwd import capability, contiguous_rows, lacks_fp8, num_processors
 from octavo.kernels.triton.scores import LN2, LOG2E, sequence, tanh
 
 MAX_ROWS = 64  # query tokens × heads of one key head that a program holds
@@ -79,13 +85,14 @@ def decode_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
     BLOCK_B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one key head; row r is query r // GROUP of query head `head · GROUP + r % GROUP`."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     head = (tl.program_id(0) % heads).to(tl.int64)
     part = tl.program_id(0) // heads
     unit, unit_end, share, b, start = share_of_part(
         part, parts, batch, cu_seqlens_q, seqused, max_q, window_left, BLOCK_N, BLOCK_B
     )
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     r = tl.arange(0, BLOCK_M)
     i = r // GROUP
     h = head * GROUP + r % GROUP
@@ -189,24 +196,25 @@ def decode_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
         b += 1
 
 
-@triton.jit(do_not_specialize=["batch", "max_q", "stride_lb", "stride_lh", "tokens"])
-def combine_kernel(
+@triton.jit(do_not_specialize=["batch", "max_q", "stride_lb", "stride_lh", "tokens", "blocks"])
+def combine_kernel(  # noqa: PLR0915 (a kernel is one function)
     out, lse, partial_out, partial_lse, pieces, cu_seqlens_q, stride_os, stride_oh, stride_lb, stride_lh,
-    batch, heads, heads_q, max_q, tokens,
+    batch, heads, heads_q, max_q, tokens, blocks,
     GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS (query, head) of a sequence: Σ exp(LSE_piece − LSE) · piece; the last programs clear rows of no sequence."""
-    b = tl.program_id(1)
-    x = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b = tl.program_id(0) // blocks
+    x = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     dv = tl.arange(0, BLOCK_DV)
     column_used = (dv < HEAD_DIM_V)[None, :]
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
+        gdc_launch_dependents()
     if b == batch:
         if cu_seqlens_q is not None:
             first_row = tl.load(cu_seqlens_q + batch)
-            for x0 in range(0, (tokens - first_row) * heads_q, ROWS * tl.num_programs(0)):
+            for x0 in range(0, (tokens - first_row) * heads_q, ROWS * blocks):
                 row = first_row + (x + x0) // heads_q
                 head = ((x + x0) % heads_q).to(tl.int64)
                 at = out + row.to(tl.int64)[:, None] * stride_os + head[:, None] * stride_oh + dv[None, :]
@@ -255,21 +263,24 @@ def combine_kernel(
 
 
 def combine(
-    out: Tensor, lse: Tensor, partials: tuple[Tensor, Tensor, Tensor], t: AttentionTensors, pdl: bool,
+    out: Tensor, lse: Tensor, partials: tuple[Tensor, Tensor, Tensor], t: AttentionTensors, early: dict[str, bool],
     sizes: tuple[int, int, int, int], lse_strides: tuple[int, int],
 ) -> None:  # fmt: skip
     """Launch `combine_kernel`; `sizes` are the batch, the key heads, the longest query and the rows of a piece."""
     batch, heads, max_q, block_m = sizes
     heads_q = out.shape[-2]
-    block_dv = max(16, triton.next_power_of_2(out.shape[-1]))
+    block_dv = power_of_2(out.shape[-1])
     # few sequences have many pieces each, many have few
     rows = 1 if batch * heads_q * max_q <= 2048 else 8
-    piece_count = max(1, 4096 // (rows * block_dv))
-    combine_kernel[(triton.cdiv(max_q * heads_q, rows), batch + 1)](
-        out, lse, *partials, t.cu_seqlens_q, *out.stride()[-3:-1], *lse_strides, batch, heads, heads_q, max_q,
-        out.shape[0], GROUP=heads_q // heads, HEAD_DIM_V=out.shape[-1], BLOCK_DV=block_dv, BLOCK_M=block_m, ROWS=rows,
-        PIECES=piece_count, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+    blocks = -(-max_q * heads_q // rows)
+    strides = (*out.stride()[-3:-1], *lse_strides)
+    arguments = (out, lse, *partials, t.cu_seqlens_q, *strides, batch, heads, heads_q, max_q, out.shape[0], blocks)
+    constants = (
+        ("GROUP", heads_q // heads), ("HEAD_DIM_V", out.shape[-1]), ("BLOCK_DV", block_dv), ("BLOCK_M", block_m),
+        ("ROWS", rows), ("PIECES", max(1, 4096 // (rows * block_dv))), ("PDL", early["PDL"]),
     )  # fmt: skip
+    key = (pointer_key(out), integer_key(strides[:2]), t.cu_seqlens_q is None, heads, heads_q)
+    run(combine_kernel, blocks * (batch + 1), arguments, constants, key, num_warps=4, launch_pdl=early["PDL"])
 
 
 def refuses_paged_attention(
@@ -294,6 +305,21 @@ def refuses_paged_attention(
     if q.is_cuda and capability(q.device) < (8, 0):
         return f"it needs compute capability 8.0, {q.device} has {capability(q.device)}"
     return lacks_fp8(k_cache)
+
+
+def run(
+    kernel: Any, programs: int, arguments: Sequence[Any], constants: Constants, key: Hashable, **options: Any
+) -> None:
+    """Launch on a GPU, or interpret."""
+    if arguments[0].is_cuda:
+        launch(kernel, (programs, 1, 1), arguments, constants, key, **options)
+    else:
+        kernel[(programs,)](*arguments, **dict(constants), **options)
+
+
+def power_of_2(n: int) -> int:
+    """The next power of two that the tensor cores take."""
+    return max(16, triton.next_power_of_2(n))
 
 
 def max_queries(q: Tensor, t: AttentionTensors) -> int:
@@ -325,25 +351,42 @@ def paged_attention(
     if out.numel() == 0 or batch == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     group = heads_q // heads
-    block_m = max(16, triton.next_power_of_2(max_q * group))
-    block_dv = max(16, triton.next_power_of_2(v_cache.shape[-1]))
+    block_m = power_of_2(max_q * group)
     block_n = block_n or (64 if page % 64 == 0 else 128)
-    hopper = is_hopper(q) and pdl
+    early = early_launch_options(q.device) if pdl else {"PDL": False}
     parts = num_parts(heads, per_sm * num_processors(q.device))
     places = 2 * parts * heads * block_m
-    partial_out = torch.empty(places * v_cache.shape[-1], dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(places, dtype=torch.float32, device=q.device)
-    pieces = torch.empty(2 * batch, dtype=torch.int32, device=q.device)
-    lse_strides = (0, lse.stride(0)) if packed else lse.stride()[:2]
-    decode_kernel[(parts * heads,)](
-        q, k_cache, v_cache, t.k_scale, t.v_scale, t.learnable_sink, out, lse, partial_out, partial_lse, pieces,
-        t.cu_seqlens_q, t.seqused_k, t.block_table,
-        *q.stride()[-3:-1], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[-3:-1], *lse_strides,
-        t.block_table.stride(0), spec.softmax_scale, spec.softcap or None,
-        None if spec.window_left < 0 else spec.window_left, batch, parts, heads, max_q,
-        GROUP=group, PAGE_SIZE=page, HEAD_DIM=q.shape[-1], HEAD_DIM_V=v_cache.shape[-1],
-        BLOCK_D=max(16, triton.next_power_of_2(q.shape[-1])), BLOCK_DV=block_dv, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_B=min(max(32, triton.next_power_of_2(batch)), 1024), PDL=hopper, num_warps=warps, num_stages=stages,
+    partials = (
+        torch.empty(places * v_cache.shape[-1], dtype=torch.float32, device=q.device),
+        torch.empty(places, dtype=torch.float32, device=q.device),
+        torch.empty(2 * batch, dtype=torch.int32, device=q.device),
+    )
+    lse_strides = (0, lse.stride(0)) if packed else (lse.stride(0), lse.stride(1))
+    strides = (*q.stride()[-3:-1], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[-3:-1])
+    window = None if spec.window_left < 0 else spec.window_left
+    softcap = spec.softcap or None
+    arguments = (
+        q, k_cache, v_cache, t.k_scale, t.v_scale, t.learnable_sink, out, lse, *partials, t.cu_seqlens_q, t.seqused_k,
+        t.block_table, *strides, *lse_strides, t.block_table.stride(0), spec.softmax_scale, softcap, window,
+        batch, parts, heads, max_q,
     )  # fmt: skip
-    combine(out, lse, (partial_out, partial_lse, pieces), t, hopper, (batch, heads, max_q, block_m), lse_strides)
+    constants = (
+        ("GROUP", group), ("PAGE_SIZE", page), ("HEAD_DIM", q.shape[-1]), ("HEAD_DIM_V", v_cache.shape[-1]),
+        ("BLOCK_D", power_of_2(q.shape[-1])), ("BLOCK_DV", power_of_2(v_cache.shape[-1])), ("BLOCK_M", block_m),
+        ("BLOCK_N", block_n), ("BLOCK_B", 128 if batch <= 128 else 1024), ("PDL", early["PDL"]),
+    )  # fmt: skip
+    optional = (q, k_cache, v_cache, t.k_scale, t.v_scale, t.learnable_sink, t.cu_seqlens_q, t.seqused_k, t.block_table)
+    pointers = tuple(None if x is None else pointer_key(x) for x in optional)
+    key = (pointers, integer_key(strides), heads, window is None, softcap is None)
+    run(
+        decode_kernel,
+        parts * heads,
+        arguments,
+        constants,
+        key,
+        num_warps=warps,
+        num_stages=stages,
+        launch_pdl=early["PDL"],
+    )
+    combine(out, lse, partials, t, early, (batch, heads, max_q, block_m), lse_strides)
     return out, lse

@@ -1,0 +1,111 @@
+"""The latent decode compiles for sm_90 without a GPU, with what its schedule needs; which calls it takes.
+
+Read from the assembler's report and output: products on the tensor cores that run on while the warpgroup goes on, no
+spills with pages that hold a block, registers handed from warpgroup to warpgroup as planned, shared memory that fits.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the Hopper kernels are written in Triton's Gluon")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from octavo.kernels.hopper import mla_decode  # noqa: E402
+from octavo.kernels.spec import AttentionSpec, AttentionTensors  # noqa: E402
+
+SHARED_MEMORY = 227 * 1024  # bytes that one block of sm_90 may have
+CAUSAL = AttentionSpec(0.07, window_right=0)
+
+
+def output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def capture(monkeypatch, page, heads, dtype):
+    """The launch that `mla_decode` would make."""
+    launches = []
+    monkeypatch.setattr(mla_decode, "launch", lambda *args, **options: launches.append((args, options)))
+    monkeypatch.setattr(mla_decode, "combine", lambda *args: None)
+    monkeypatch.setattr(mla_decode, "early_launch_options", lambda _: {"PDL": True, "launch_pdl": True})
+    monkeypatch.setattr(mla_decode, "num_processors", lambda _: 132)
+    mla_decode.mla_decode(*call(page, heads, dtype))
+    return launches[0]
+
+
+def call(page=64, heads=16, dtype=torch.bfloat16, width=576, queries=1, batch=4, **tensors):
+    t = AttentionTensors(
+        cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32) * queries, max_seqlen_q=queries,
+        block_table=torch.zeros(batch, 8, dtype=torch.int32), seqused_k=torch.ones(batch, dtype=torch.int32), **tensors,
+    )  # fmt: skip
+    q = torch.empty(batch * queries, heads, width, dtype=dtype)
+    return q, torch.empty(32, page, width, dtype=dtype), width - 64, CAUSAL, t
+
+
+def type_of(value):
+    if isinstance(value, torch.Tensor):
+        return (
+            "*"
+            + {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}[value.dtype]
+        )
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        return "i32"
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}[value.base.dtype]
+    return f"tensordesc<{dtype}{value.block_shape},{value.layout!r}>"
+
+
+def compile_launch(launch, folder: Path):
+    (kernel, _grid, arguments, constants, _key), options = launch
+    names = [parameter.name for parameter in kernel.params]
+    signature = dict(zip(names, map(type_of, arguments), strict=False)) | {name: "constexpr" for name, _ in constants}
+    values = {(names.index(name),): value for name, value in constants}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)}
+    compiled = triton.compile(
+        GluonASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", 90, 32),
+        options={"enable_fp_fusion": True} | {name: options[name] for name in ("num_warps", "maxnreg")},
+    )  # fmt: skip
+    ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
+    ptx.write_text(compiled.asm["ptx"])
+    cubin.write_bytes(compiled.asm["cubin"])
+    report = output(get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(folder / "again.cubin"))
+    return compiled.metadata.shared, report, output(triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin))
+
+
+@pytest.mark.parametrize(
+    ("page", "heads", "dtype"), [(64, 16, torch.bfloat16), (256, 128, torch.float16), (16, 128, torch.bfloat16)]
+)
+def test_latent_decode_compiles_to_what_the_design_needs(monkeypatch, tmp_path, page, heads, dtype):
+    shared, report, sass = compile_launch(capture(monkeypatch, page, heads, dtype), tmp_path)
+    assert shared <= SHARED_MEMORY
+    assert "serialized" not in report, "ptxas made the products wait for each other"
+    assert "setmaxnreg" not in report, "ptxas ignored the registers asked for"
+    if page >= 64:
+        assert re.search(r"\b0 bytes spill stores", report)
+    assert len(re.findall(r"HGMMA\.64x256x16", sass)) == 8
+    assert re.search(r"HGMMA\.64x64x16", sass)
+    assert not re.search(r"\bHMMA\b", sass), "a product left the warpgroup instructions"
+    assert "UTMALDG" in sass
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"width": 320}, "not 256 in 320"),
+        ({"page": 24}, "not 24"),
+        ({"queries": 70}, "1024 rows"),
+        ({"seqused_q": torch.ones(4, dtype=torch.int32)}, "seqused_q"),
+    ],
+)
+def test_refuses_what_it_cannot_take_and_says_why(change, says):
+    assert mla_decode.refuses_mla_decode(*call()) is None
+    assert says in mla_decode.refuses_mla_decode(*call(**change))

@@ -1,4 +1,4 @@
-"""FlashAttention forward for Hopper (sm_90), in Gluon: dense and varlen, GQA, causal, sliding window, softcap, sinks.
+"""FlashAttention forward for Hopper (sm_90), in Gluon: dense, varlen, paged, GQA, causal, window, softcap, sinks.
 
 One thread block holds a producer (the default partition: TMA only) and NUM_WG consumer warpgroups of 64 query rows
 each. The producer keeps a ring of key and value blocks full; each consumer runs, for key block i,
@@ -15,6 +15,7 @@ registers once where they hold it, the output is rescaled only when a row's maxi
 times, sums over a row stay within a thread until the end, and P is carried packed.
 
 Rows of ragged (varlen) sequences are addressed so that TMA itself cuts at the end of each sequence, see `ragged_rows`.
+Keys and values may lie in the pages of a cache (`paged_prefill`): then a block comes in boxes of up to one page.
 `docs/kernels/hopper_flash_fwd.md` draws the schedule and lists what was measured.
 """
 
@@ -41,6 +42,7 @@ from octavo.kernels.hopper.gluon_compat import (
     barrier_sync_if,
     finish_before_next_wait,
     pack_pairs,
+    reinterpret,
     scale_unless_one,
     tanh,
     tma_load,
@@ -48,6 +50,7 @@ from octavo.kernels.hopper.gluon_compat import (
     tma_store_wait,
     unpack_pairs,
 )
+from octavo.kernels.hopper.launch import launch, pointer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -64,32 +67,53 @@ V_EMPTY = gl.constexpr(FIRST_BARRIER + 7)
 
 
 @gluon.jit
-def tile_place(tile, grid):
+def tile_place(tile, grid, lengths, ROWS: gl.constexpr, VARLEN: gl.constexpr):
     """Tile number → (query block, query head, batch).
 
     (batch, head) pairs are taken in sections whose keys and values fit the L2 together; in a section the last query
     blocks, which are the longest when causal, go first.
     """
-    num_m, heads, pairs, section = grid
+    num_m, heads, pairs, section, batches = grid
     index = tile // (section * num_m)
     rest = tile - index * section * num_m
     width = gl.minimum(section, pairs - index * section)
     pair = index * section + rest % width
-    return num_m - 1 - rest // width, pair % heads, pair // heads
+    m_block = num_m - 1 - rest // width
+    batch = pair // heads
+    if VARLEN:
+        batch, m_block = find_sequence(m_block, lengths[0], batches, ROWS)
+    return m_block, pair % heads, batch
 
 
 @gluon.jit
-def sequence(batch, lengths, VARLEN: gl.constexpr):
-    """First query row, first key row, and their numbers, of one sequence."""
+def sequence(batch, lengths, VARLEN: gl.constexpr, PAGE: gl.constexpr):
+    """First query row, first key row, and their numbers, of one sequence; paged, `cu_k` holds the numbers of keys."""
     cu_q, cu_k, len_q, len_k = lengths
     start_q = 0
     start_k = 0
     if VARLEN:
         start_q = gl.load(cu_q + batch)
-        start_k = gl.load(cu_k + batch)
         len_q = gl.load(cu_q + batch + 1) - start_q
+    if PAGE:
+        len_k = gl.load(cu_k + batch)
+    elif VARLEN:
+        start_k = gl.load(cu_k + batch)
         len_k = gl.load(cu_k + batch + 1) - start_k
     return start_q, start_k, len_q, len_k
+
+
+@gluon.jit
+def find_sequence(block, cu_q, batch, ROWS: gl.constexpr):
+    """(sequence, query block in it) of a numbering in which sequence b begins at cu_q[b] // ROWS + b."""
+    low = block * 0
+    high = low + batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        if gl.load(cu_q + middle) // ROWS + middle <= block:
+            low = middle
+        else:
+            high = middle
+    return low, block - gl.load(cu_q + low) // ROWS - low
 
 
 @gluon.jit
@@ -154,6 +178,30 @@ def load_block(
 
 
 @gluon.jit
+def load_pages(
+    desc, table, block, len_k, head, index, smem, full, EMPTY: gl.constexpr, STAGES: gl.constexpr,
+    NUM_WG: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """`load_block` out of a paged cache: boxes of up to one page and 64 columns, which together are the block."""
+    ROWS: gl.constexpr = desc.block_type.shape[1]
+    PIECES: gl.constexpr = smem.shape[2] // ROWS
+    PANELS: gl.constexpr = smem.shape[4] // 64
+    stage = index % STAGES
+    barrier_sync_if(index >= STAGES, EMPTY + stage, 128 * (NUM_WG + 1))
+    mbarrier.expect(full.index(stage), PIECES * PANELS * desc.block_type.nbytes)
+    boxes = reinterpret(smem.index(stage), [PANELS * PIECES, 1, ROWS, 1, 64], desc.layout)
+    for piece in gl.static_range(PIECES):
+        key = block * smem.shape[2] + piece * ROWS
+        page = gl.load(table + key // PAGE, mask=key < len_k, other=0)
+        # as in `ragged_rows`: rows past the end of the sequence, whose pages may hold anything, come as zeros
+        valid = gl.maximum(gl.minimum(len_k - key, ROWS), 0)
+        row = page * PAGE + key % PAGE + valid
+        for panel in gl.static_range(PANELS):
+            box = boxes.index(panel * PIECES + piece)
+            tma_load(desc, [row, ROWS - valid, head, panel * 64], full.index(stage), box)
+
+
+@gluon.jit
 def publish(tile, turn, tiles, full, empty):
     """Tell the consumers which tile is next."""
     slot = turn % 2
@@ -165,23 +213,24 @@ def publish(tile, turn, tiles, full, empty):
 
 @gluon.jit
 def produce(
-    descs, smem, bars, grid, lengths, window, num_tiles, group, counter,
+    descs, smem, bars, grid, lengths, window, num_tiles, group, counter, pages,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
-    VARLEN: gl.constexpr, DYNAMIC: gl.constexpr,
+    VARLEN: gl.constexpr, PAGE: gl.constexpr, DYNAMIC: gl.constexpr,
 ):  # fmt: skip
     """Load the queries of one tile after another, and their key and value blocks, last block first."""
     q_desc, k_desc, v_desc = descs
     q_smem, k_smem, v_smem, _o_smem, tiles = smem
     q_full, q_empty, k_full, v_full, tile_full, tile_empty = bars
     ROWS: gl.constexpr = WG_ROWS * NUM_WG
+    table, table_stride = pages
     index = 0
     turn = 0
     loaded = 0
     tile = gl.program_id(0)
     while tile < num_tiles:
         publish(tile, turn, tiles, tile_full, tile_empty)
-        m_block, head, batch = tile_place(tile, grid)
-        start_q, start_k, len_q, len_k = sequence(batch, lengths, VARLEN)
+        m_block, head, batch = tile_place(tile, grid, lengths, ROWS, VARLEN)
+        start_q, start_k, len_q, len_k = sequence(batch, lengths, VARLEN, PAGE)
         row = m_block * ROWS
         if row < len_q:
             begin, end, _, _ = key_blocks(row, len_q, len_k, window, ROWS, BLOCK_N, RIGHT, LEFT)
@@ -192,10 +241,22 @@ def produce(
                 tma_load(q_desc, [c0, c1, head, 0], q_full.index(wg), q_smem.index(wg))
             loaded += 1
             for n in range(begin, end):
-                c0, c1 = ragged_rows(batch, start_k, len_k, (begin + end - 1 - n) * BLOCK_N, BLOCK_N, VARLEN)
-                coord = [c0, c1, head // group, 0]
-                load_block(k_desc, coord, index, k_smem, k_full, K_EMPTY, STAGES, NUM_WG)
-                load_block(v_desc, coord, index, v_smem, v_full, V_EMPTY, STAGES, NUM_WG)
+                block = begin + end - 1 - n
+                if PAGE:
+                    row_table = table + batch.to(gl.int64) * table_stride
+                    load_pages(
+                        k_desc, row_table, block, len_k, head // group, index, k_smem, k_full,
+                        K_EMPTY, STAGES, NUM_WG, PAGE,
+                    )  # fmt: skip
+                    load_pages(
+                        v_desc, row_table, block, len_k, head // group, index, v_smem, v_full,
+                        V_EMPTY, STAGES, NUM_WG, PAGE,
+                    )  # fmt: skip
+                else:
+                    c0, c1 = ragged_rows(batch, start_k, len_k, block * BLOCK_N, BLOCK_N, VARLEN)
+                    coord = [c0, c1, head // group, 0]
+                    load_block(k_desc, coord, index, k_smem, k_full, K_EMPTY, STAGES, NUM_WG)
+                    load_block(v_desc, coord, index, v_smem, v_full, V_EMPTY, STAGES, NUM_WG)
                 index += 1
         turn += 1
         if DYNAMIC:
@@ -421,8 +482,8 @@ def write_rows(o, desc, coord, smem):
 def consume(
     shared,
     wg: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr,
-    LEFT: gl.constexpr, VARLEN: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
-    O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr,
+    LEFT: gl.constexpr, VARLEN: gl.constexpr, PAGE: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
+    SINK: gl.constexpr, O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of one tile after another."""
     o_desc, lse_ptr, sink_ptr, smem, bars, grid, lengths, window, num_tiles, scale, cap, lse_strides = shared
@@ -440,8 +501,8 @@ def consume(
     index, turn, loaded = 0, 0, 0
     tile = next_tile(turn, tiles, tile_full, tile_empty)
     while tile < num_tiles:
-        m_block, head, batch = tile_place(tile, grid)
-        start_q, _start_k, len_q, len_k = sequence(batch, lengths, VARLEN)
+        m_block, head, batch = tile_place(tile, grid, lengths, ROWS, VARLEN)
+        start_q, _start_k, len_q, len_k = sequence(batch, lengths, VARLEN, PAGE)
         tile_row = m_block * ROWS
         if tile_row < len_q:
             first_row = tile_row + wg * WG_ROWS
@@ -492,18 +553,20 @@ def barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "len_q", "len_k", "num_m", "heads", "pairs", "section", "group", "left", "right", "num_tiles", "lse_b", "lse_h",
+        "table_stride", "len_q", "len_k", "num_m", "heads", "pairs", "section", "batches", "group", "left", "right",
+        "num_tiles", "lse_b", "lse_h",
     ]
 )  # fmt: skip
 def flash_fwd_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, sink_ptr, cu_q, cu_k, counter,
-    len_q, len_k, num_m, heads, pairs, section, group, left, right, num_tiles, scale, cap, lse_b, lse_h,
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, sink_ptr, cu_q, cu_k, table, counter,
+    table_stride, len_q, len_k, num_m, heads, pairs, section, batches, group, left, right, num_tiles, scale, cap,
+    lse_b, lse_h,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
-    VARLEN: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr, O_IN_Q: gl.constexpr,
-    Q_IN_REGS: gl.constexpr, DYNAMIC: gl.constexpr, REGS: gl.constexpr,
+    VARLEN: gl.constexpr, PAGE: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
+    O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr, DYNAMIC: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q_desc.block_type.shape[3]
-    DV: gl.constexpr = v_desc.block_type.shape[3]
+    DV: gl.constexpr = o_desc.block_type.shape[3]
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [NUM_WG, 1, WG_ROWS, 1, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], k_desc.layout)
@@ -518,7 +581,7 @@ def flash_fwd_kernel(
         barriers(NUM_WG, 1), barriers(NUM_WG, 1), barriers(STAGES, 1), barriers(STAGES, 1),
         barriers(2, 1), barriers(2, NUM_WG),
     )  # fmt: skip
-    grid = (num_m, heads, pairs, section)
+    grid = (num_m, heads, pairs, section, batches)
     lengths = (cu_q, cu_k, len_q, len_k)
     window = (left, right)
     lse_strides = (lse_b, lse_h)
@@ -528,15 +591,17 @@ def flash_fwd_kernel(
     if NUM_WG == 2:
         gl.warp_specialize(
             [
-                (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter,
-                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, DYNAMIC)),
+                (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter, (table, table_stride),
+                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, DYNAMIC)),
                 (
                     consume,
-                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                     Q_IN_REGS),
                 ),
                 (
                     consume,
-                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                     Q_IN_REGS),
                 ),
             ],
             [4, 4],
@@ -545,23 +610,27 @@ def flash_fwd_kernel(
     else:
         gl.warp_specialize(
             [
-                (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter,
-                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, DYNAMIC)),
+                (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter, (table, table_stride),
+                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, DYNAMIC)),
                 (
                     consume,
-                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                     Q_IN_REGS),
                 ),
                 (
                     consume,
-                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                     Q_IN_REGS),
                 ),
                 (
                     consume,
-                    (shared, 2, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                    (shared, 2, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                     Q_IN_REGS),
                 ),
                 (
                     consume,
-                    (shared, 3, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, EVEN, SOFTCAP, SINK, O_IN_Q, Q_IN_REGS),
+                    (shared, 3, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                     Q_IN_REGS),
                 ),
             ],
             [4, 4, 4, 4],
@@ -598,20 +667,30 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _UNSUPPORTED = ("seqused_q", "seqused_k", "leftpad_k", "block_table", "qv", "alibi_slopes", "attn_bias")
 
 
-def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> str | None:
-    """Why this backend cannot take the call, or None."""
+def refuses_inputs(
+    q: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors, unsupported: tuple[str, ...] = _UNSUPPORTED
+) -> str | None:
+    """Why no kernel of this family can take such inputs, or None."""
     if q.dtype not in _DTYPES:
         return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
     if (_width(q.shape[-1]), _width(v.shape[-1])) not in TILES or q.shape[-1] % 8 or v.shape[-1] % 8:
         widths = ", ".join(f"{d}/{dv}" for d, dv in TILES)
         return f"it takes head_dim/v's in multiples of 8 that round up to {widths}, not {q.shape[-1]}/{v.shape[-1]}"
-    given = [name for name in _UNSUPPORTED if getattr(t, name) is not None]
+    given = [name for name in unsupported if getattr(t, name) is not None]
     if given or spec.dropout_p:
         return f"it does not take {', '.join(given) or 'dropout_p'}"
-    if (t.cu_seqlens_q is None) != (t.cu_seqlens_k is None):
-        return "it takes cu_seqlens_q and cu_seqlens_k together"
     if spec.softmax_scale <= 0:
         return f"it takes a positive softmax_scale, not {spec.softmax_scale}"
+    return None
+
+
+def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> str | None:
+    """Why this backend cannot take the call, or None."""
+    reason = refuses_inputs(q, v, spec, t)
+    if reason is not None:
+        return reason
+    if (t.cu_seqlens_q is None) != (t.cu_seqlens_k is None):
+        return "it takes cu_seqlens_q and cu_seqlens_k together"
     if k.numel() == 0:
         return "there are no keys"
     batch, len_q, len_k = _sizes(q, k, t)
@@ -625,40 +704,64 @@ def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: A
 
 def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTensors) -> tuple[Tensor, Tensor]:
     """`(out, softmax_lse)`: out as q with v's last axis, LSE fp32 (B, Hq, Sq) or (Hq, Tq). See `kernels/spec.py`."""
+    k, v = _readable_by_tma(k), _readable_by_tma(v)
+    block_n = TILES[_width(q.shape[-1]), _width(v.shape[-1])].block_n
+    varlen = t.cu_seqlens_k is not None
+    descriptors = (_descriptor(k, block_n, varlen), _descriptor(v, block_n, varlen))
+    lengths = t.cu_seqlens_k if varlen else None
+    return run_forward(q, descriptors, _sizes(q, k, t), (k.shape[-2], v.shape[-1]), lengths, None, 0, spec, t)
+
+
+def run_forward(
+    q: Tensor,
+    descriptors: tuple[TensorDescriptor, TensorDescriptor],
+    sizes: tuple[int, int, int],
+    heads_and_dim_v: tuple[int, int],
+    lengths_k: Tensor | None,
+    block_table: Tensor | None,
+    page: int,
+    spec: AttentionSpec,
+    t: AttentionTensors,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel over keys and values behind `descriptors`; `sizes` as of `_sizes`."""
     varlen = t.cu_seqlens_q is not None
-    q, k, v = (_readable_by_tma(x) for x in (q, k, v))
-    heads, heads_k = q.shape[-2], k.shape[-2]
-    batch, len_q, len_k = _sizes(q, k, t)
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    q = _readable_by_tma(q)
+    batch, len_q, len_k = sizes
+    heads, (heads_k, dim_v) = q.shape[-2], heads_and_dim_v
+    out = q.new_empty((*q.shape[:-1], dim_v))
     lse = torch.empty((heads, q.shape[0]) if varlen else (batch, heads, len_q), dtype=torch.float32, device=q.device)
     if varlen:  # rows that belong to no sequence
         out.zero_()
         lse.fill_(-math.inf)
     if out.numel() == 0 or batch == 0:
         return out, lse
-    tile = TILES[_width(q.shape[-1]), _width(v.shape[-1])]
-    num_m = _num_query_blocks(q, v, len_q)
-    num_tiles = num_m * batch * heads
+    tile = TILES[_width(q.shape[-1]), _width(dim_v)]
+    rows = tile.num_wg * WG_ROWS.value
+    # sequences of different lengths share one numbering of query blocks, see `find_sequence`
+    num_m, pairs = (q.shape[0] // rows + batch, heads) if varlen else (math.ceil(len_q / rows), batch * heads)
+    num_tiles = num_m * pairs
     programs = min(num_tiles, _processors(q.device))
-    uneven = varlen or spec.window_left >= 0 or spec.window_right >= 0
-    pairs_in_l2 = L2_SHARE // (max(len_k, 1) * (q.shape[-1] + v.shape[-1]) * q.element_size()) if uneven else 1
+    uneven = varlen or page > 0 or spec.window_left >= 0 or spec.window_right >= 0
+    pairs_in_l2 = L2_SHARE // (max(len_k, 1) * (q.shape[-1] + dim_v) * q.element_size()) if uneven else 1
     group = heads // heads_k
-    flash_fwd_kernel[(programs,)](
+    arguments = (
         _descriptor(q, WG_ROWS.value, varlen),
-        _descriptor(k, tile.block_n, varlen),
-        _descriptor(v, tile.block_n, varlen),
+        *descriptors,
         _descriptor(out, WG_ROWS.value, varlen),
         lse,
         lse if t.learnable_sink is None else t.learnable_sink,
-        t.cu_seqlens_q if varlen else lse,
-        t.cu_seqlens_k if varlen else lse,
+        lse if t.cu_seqlens_q is None else t.cu_seqlens_q,
+        lse if lengths_k is None else lengths_k,
+        lse if block_table is None else block_table,
         torch.zeros(1, dtype=torch.int32, device=q.device) if num_tiles > programs else lse,
+        0 if block_table is None else block_table.stride(0),
         len_q,
         len_k,
         num_m,
         heads,
-        batch * heads,
-        min(batch * heads, group * max(1, pairs_in_l2)),
+        pairs,
+        min(pairs, group * max(1, pairs_in_l2)),
+        batch,
         group,
         spec.window_left,
         spec.window_right,
@@ -667,23 +770,25 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: Attention
         spec.softmax_scale / spec.softcap if spec.softcap else 0.0,
         0 if varlen else lse.stride(0),
         lse.stride(-2),
-        BLOCK_N=tile.block_n,
-        STAGES=tile.stages,
-        NUM_WG=tile.num_wg,
-        RIGHT=spec.window_right >= 0,
-        LEFT=spec.window_left >= 0,
-        VARLEN=varlen,
-        EVEN=not uneven and len_k % tile.block_n == 0,
-        SOFTCAP=spec.softcap != 0,
-        SINK=t.learnable_sink is not None,
-        O_IN_Q=tile.out_in_q,
-        Q_IN_REGS=tile.q_in_registers,
-        DYNAMIC=num_tiles > programs,
-        REGS=tile.registers,
-        num_warps=4,
-        maxnreg=tile.max_registers,
-        enable_fp_fusion=True,
     )
+    constants = (
+        ("BLOCK_N", tile.block_n),
+        ("STAGES", tile.stages),
+        ("NUM_WG", tile.num_wg),
+        ("RIGHT", spec.window_right >= 0),
+        ("LEFT", spec.window_left >= 0),
+        ("VARLEN", varlen),
+        ("PAGE", page),
+        ("EVEN", not uneven and len_k % tile.block_n == 0),
+        ("SOFTCAP", spec.softcap != 0),
+        ("SINK", t.learnable_sink is not None),
+        ("O_IN_Q", tile.out_in_q),
+        ("Q_IN_REGS", tile.q_in_registers),
+        ("DYNAMIC", num_tiles > programs),
+        ("REGS", tile.registers),
+    )
+    key = (q.dtype, _width(q.shape[-1]), _width(dim_v), *(pointer_key(x) for x in arguments[5:9]))
+    launch(flash_fwd_kernel, (programs, 1, 1), arguments, constants, key, num_warps=4, maxnreg=tile.max_registers)
     return out, lse
 
 
@@ -699,6 +804,7 @@ def _num_query_blocks(q: Tensor, v: Tensor, len_q: int) -> int:
     return math.ceil(len_q / rows)
 
 
+@functools.cache
 def _width(head_dim: int) -> int:
     """Columns of a head in shared memory; TMA fills those past head_dim with zeros and does not write them back."""
     return max(64, 1 << (head_dim - 1).bit_length())
@@ -711,6 +817,8 @@ def _processors(device: torch.device) -> int:
 
 def _readable_by_tma(x: Tensor) -> Tensor:
     """x, or a copy where TMA could not address it: last axis contiguous, the others' strides multiples of 16 bytes."""
+    if x.is_contiguous() and x.shape[-1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in strides)
     if x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0:
@@ -735,17 +843,22 @@ class _MovedBack(NamedTuple):
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
-def _descriptor(x: Tensor, rows: int, varlen: bool) -> TensorDescriptor:
-    """Boxes of `rows` rows of one head: axes (batch, row, head, dim), or (row, row, head, dim) as in `ragged_rows`."""
-    # TMA checks the stride of an axis of size 1 too, and torch may hold anything there
-    strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+def _descriptor(x: Tensor, rows: int, varlen: bool, width: int = 0) -> TensorDescriptor:
+    """Boxes of `rows` rows of one head: axes (batch, row, head, dim), or (row, row, head, dim) as in `ragged_rows`.
+
+    `width` columns, or all.
+    """
+    shape, strides = list(x.shape), list(x.stride())
+    if 1 in shape:  # TMA checks the stride of an axis of size 1 too, and torch may hold anything there
+        strides = [stride if size > 1 else shape[-1] for size, stride in zip(shape, strides, strict=True)]
     descriptor = TensorDescriptor.__new__(TensorDescriptor)  # its own checks cost 25 µs, four times a call
-    descriptor.block_shape, descriptor.layout = [1, rows, 1, _width(x.shape[-1])], _LAYOUT
+    descriptor.block_shape, descriptor.layout = [1, rows, 1, width or _width(x.shape[-1])], _LAYOUT
     descriptor.padding = "zero"
     if varlen:
         descriptor.base = _MovedBack(x, rows * strides[0] * x.element_size())
-        descriptor.shape = [x.shape[0] + 1, rows, x.shape[1], x.shape[2]]
-        descriptor.strides = [strides[0], *strides, 1]
+        descriptor.shape = [shape[0] + 1, rows, *shape[1:]]
+        descriptor.strides = [strides[0], *strides[:-1], 1]
     else:
-        descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), [*strides, 1]
+        strides[-1] = 1
+        descriptor.base, descriptor.shape, descriptor.strides = x, shape, strides
     return descriptor

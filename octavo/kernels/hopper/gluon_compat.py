@@ -24,7 +24,7 @@ if hasattr(tma, "async_atomic_add"):
 else:  # Triton 3.6 has the operation, but no name for it
 
     @builtin
-    def tma_add(tensor_desc, coord, src, _semantic=None):  # type: ignore[no-untyped-def]
+    def tma_add(tensor_desc, coord, src, _semantic=None):
         """Start adding a block in shared memory to global memory."""
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
@@ -36,7 +36,7 @@ KEEPS_LOOP_OPERANDS = not hasattr(tma, "async_load")
 
 
 @builtin
-def reinterpret(memory, shape, layout, _semantic=None):  # type: ignore[no-untyped-def]
+def reinterpret(memory, shape, layout, _semantic=None):
     """Shared memory in another shape and layout; a method with a leading underscore until 3.6, without in 3.9."""
     shape = [_unwrap_if_constexpr(size) for size in _unwrap_if_constexpr(shape)]
     return _semantic.memdesc_reinterpret(memory, memory.dtype, shape, _unwrap_if_constexpr(layout))

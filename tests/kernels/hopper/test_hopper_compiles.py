@@ -7,7 +7,7 @@ registers, no product waits for the one before it, and the consumers did get the
 import re
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -17,14 +17,17 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from octavo.kernels.hopper import flash_fwd  # noqa: E402
+from octavo.kernels.hopper import flash_bwd, flash_fwd  # noqa: E402
 from octavo.kernels.hopper.gluon_compat import FIRST_BARRIER  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block of sm_90 may have
 
-PLAIN = {"RIGHT": False, "LEFT": False, "VARLEN": False, "EVEN": True, "SOFTCAP": False, "SINK": False}
+LAYOUT, SUMS_LAYOUT = repr(flash_fwd._LAYOUT), repr(flash_bwd._SUMS_LAYOUT)
+
+PLAIN = {"RIGHT": False, "LEFT": False, "VARLEN": False, "PAGE": 0, "EVEN": True, "SOFTCAP": False, "SINK": False}
 CAUSAL = PLAIN | {"RIGHT": True, "EVEN": False}
-EVERYTHING = {"RIGHT": True, "LEFT": True, "VARLEN": True, "EVEN": False, "SOFTCAP": True, "SINK": True}
+PAGED = CAUSAL | {"VARLEN": True, "PAGE": 16}
+EVERYTHING = PLAIN | {"RIGHT": True, "LEFT": True, "VARLEN": True, "EVEN": False, "SOFTCAP": True, "SINK": True}
 
 
 class Compiled(NamedTuple):
@@ -33,19 +36,18 @@ class Compiled(NamedTuple):
     instructions: list[tuple[int, str]]  # (address, text)
 
 
-def compile_forward(widths: tuple[int, int], dtype: str, flags: dict[str, bool], folder: Path) -> Compiled:
+def compile_forward(widths: tuple[int, int], dtype: str, flags: dict[str, int], folder: Path) -> Compiled:
     """`flash_fwd_kernel` with the tile that `flash_fwd` would choose, through ptxas."""
     tile = flash_fwd.TILES[widths]
     boxes = {
         "q_desc": (64, widths[0]),
-        "k_desc": (tile.block_n, widths[0]),
-        "v_desc": (tile.block_n, widths[1]),
+        "k_desc": (flags["PAGE"], 64) if flags["PAGE"] else (tile.block_n, widths[0]),
+        "v_desc": (flags["PAGE"], 64) if flags["PAGE"] else (tile.block_n, widths[1]),
         "o_desc": (64, widths[1]),
     }
-    layout = repr(flash_fwd._LAYOUT)
-    types = {name: f"tensordesc<{dtype}[1, {rows}, 1, {dim}],{layout}>" for name, (rows, dim) in boxes.items()}
+    types = boxes_of_rows(boxes, dtype)
     types |= {"lse_ptr": "*fp32", "sink_ptr": "*fp32", "cu_q": "*i32", "cu_k": "*i32", "counter": "*i32"}
-    types |= {"scale": "fp32", "cap": "fp32"}
+    types |= {"table": "*i32", "scale": "fp32", "cap": "fp32"}
     constants = flags | {
         "BLOCK_N": tile.block_n,
         "STAGES": tile.stages,
@@ -55,11 +57,38 @@ def compile_forward(widths: tuple[int, int], dtype: str, flags: dict[str, bool],
         "DYNAMIC": True,
         "REGS": tile.registers,
     }
-    kernel = flash_fwd.flash_fwd_kernel
+    return compile_kernel(flash_fwd.flash_fwd_kernel, types, constants, tile.max_registers, folder)
+
+
+def compile_backward(widths: tuple[int, int], dtype: str, flags: dict[str, int], folder: Path) -> Compiled:
+    """The kernel that `flash_bwd` would choose, through ptxas."""
+    tile = flash_bwd.TILES[widths]
+    boxes = {
+        "q_desc": (tile.block_m, widths[0]),
+        "g_desc": (tile.block_m, widths[1]),
+        **dict.fromkeys(("k_desc", "dk_desc"), (64, widths[0])),
+        **dict.fromkeys(("v_desc", "dv_desc"), (64, widths[1])),
+    }
+    types = boxes_of_rows(boxes, dtype) | {"acc_desc": f"tensordesc<fp32[{tile.sums_rows}, 32],{SUMS_LAYOUT}>"}
+    types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cu_q": "*i32", "cu_k": "*i32", "turns": "*i32"}
+    types |= {"scale": "fp32", "cap": "fp32", "out_scale": "fp32"}
+    constants = flags | {"Q_STAGES": tile.q_stages, "G_STAGES": tile.g_stages, "REGS": tile.registers}
+    return compile_kernel(tile.kernel, types, constants, tile.max_registers, folder)
+
+
+def boxes_of_rows(boxes: dict[str, tuple[int, int]], dtype: str) -> dict[str, str]:
+    """Types of tensor descriptors, by (rows, columns)."""
+    return {name: f"tensordesc<{dtype}[1, {rows}, 1, {dim}],{LAYOUT}>" for name, (rows, dim) in boxes.items()}
+
+
+def compile_kernel(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], max_registers: int, folder: Path
+) -> Compiled:
+    """A kernel of 4 + 4·consumers warps through Triton and ptxas."""
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = GluonASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    options = {"num_warps": 4, "maxnreg": tile.max_registers, "enable_fp_fusion": True}
+    options = {"num_warps": 4, "maxnreg": max_registers, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
     ptx.write_text(compiled.asm["ptx"])
@@ -93,25 +122,39 @@ def masks(body: list[str]) -> bool:
     return sum("ISETP" in text for text in body) > 16
 
 
-@pytest.mark.parametrize("flags", [PLAIN, CAUSAL, EVERYTHING], ids=["plain", "causal", "everything"])
-@pytest.mark.parametrize(
-    ("widths", "dtype"), [((64, 64), "bf16"), ((128, 128), "fp16"), ((256, 128), "bf16"), ((256, 256), "bf16")]
-)
-def test_forward_compiles_to_what_the_design_needs(
-    widths: tuple[int, int], dtype: str, flags: dict[str, bool], tmp_path: Path
-) -> None:
-    compiled = compile_forward(widths, dtype, flags, tmp_path)
-    tile = flash_fwd.TILES[widths]
+def assert_built_as_designed(compiled: Compiled, registers: int) -> None:
+    """Tensor cores without serialised products, the registers where they belong, barriers that do not collide."""
     text = "\n".join(text for _, text in compiled.instructions)
-
     assert compiled.shared <= SHARED_MEMORY
     assert "serialized" not in compiled.report, "ptxas made the products wait for each other"
     assert re.search(r"HGMMA\.64x\d+x16\.F32", text)
     assert not re.search(r"\bHMMA\b", text), "a product left the warpgroup instructions"
-    assert re.search(rf"USETMAXREG\.TRY_ALLOC\.CTAPOOL UP\d, {tile.registers:#x}", text)
+    assert re.search(rf"USETMAXREG\.TRY_ALLOC\.CTAPOOL UP\d, {registers:#x}", text)
 
     barriers = re.findall(r"BAR\.SYNC\.DEFER_BLOCKING (0x\w+), 0x80\b", text)
     assert {int(barrier, 16) for barrier in barriers} <= set(range(FIRST_BARRIER)), "Triton's barriers reach into ours"
+
+
+# not all combinations: each takes some seconds
+@pytest.mark.parametrize(
+    ("widths", "dtype", "flags"),
+    [
+        ((64, 64), "bf16", CAUSAL),
+        ((64, 64), "bf16", EVERYTHING),
+        ((128, 128), "fp16", PLAIN),
+        ((128, 128), "fp16", EVERYTHING),
+        ((128, 128), "bf16", PAGED),
+        ((256, 128), "bf16", CAUSAL),
+        ((256, 256), "bf16", PLAIN),
+        ((256, 256), "bf16", EVERYTHING),
+    ],
+)
+def test_forward_compiles_to_what_the_design_needs(
+    widths: tuple[int, int], dtype: str, flags: dict[str, int], tmp_path: Path
+) -> None:
+    compiled = compile_forward(widths, dtype, flags, tmp_path)
+    tile = flash_fwd.TILES[widths]
+    assert_built_as_designed(compiled, tile.registers)
 
     loops = main_loops(compiled.instructions)
     assert len(loops) == (1 + flags["RIGHT"] + flags["LEFT"]) * tile.num_wg
@@ -122,3 +165,37 @@ def test_forward_compiles_to_what_the_design_needs(
         # the masked loops run once or twice a tile
         assert spilled <= (8 if masks(body) else 0), "the main loop spills registers"
     assert sum(not masks(body) for body in loops) == tile.num_wg
+
+
+BACKWARD_PLAIN = {"RIGHT": False, "LEFT": False, "VARLEN": False, "SOFTCAP": False, "IN_TURN": False}
+BACKWARD_CAUSAL = BACKWARD_PLAIN | {"RIGHT": True}
+BACKWARD_IN_TURN = BACKWARD_CAUSAL | {"VARLEN": True, "IN_TURN": True}
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype", "flags"),
+    [
+        ((64, 64), "fp16", BACKWARD_CAUSAL),
+        ((128, 128), "bf16", BACKWARD_PLAIN),
+        ((128, 128), "fp16", BACKWARD_IN_TURN),
+        ((256, 128), "bf16", BACKWARD_PLAIN),
+        ((256, 256), "bf16", BACKWARD_CAUSAL),
+    ],
+)
+def test_backward_compiles_to_what_the_design_needs(
+    widths: tuple[int, int], dtype: str, flags: dict[str, int], tmp_path: Path
+) -> None:
+    compiled = compile_backward(widths, dtype, flags, tmp_path)
+    assert_built_as_designed(compiled, flash_bwd.TILES[widths].registers)
+    assert any("UTMAREDG" in text for _, text in compiled.instructions), "dQ is not summed by TMA"
+    # one query block a turn: 32 products of 16 columns, or 28 (20) in each warpgroup of the wide kernel
+    inner = [body for body in main_loops(compiled.instructions) if sum("HGMMA" in text for text in body) <= 32]
+    assert len(inner) >= 4
+    for body in inner:
+        joined = "\n".join(body)
+        stored, reloaded = (len(re.findall(rf"\b{name}\b", joined)) for name in ("STL", "LDL"))
+        if masks(body):  # runs twice a head
+            assert stored + reloaded <= 40
+        else:  # sums in turn need a few more addresses
+            assert stored == 0, "the main loop spills registers"
+            assert reloaded <= (4 if flags["IN_TURN"] else 1)

@@ -18,13 +18,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from octavo.server import chat, completions, embeddings, observe, protocol, responses, tokens
 from octavo.server.errors import KINDS, ApiError
-from octavo.server.guards import KeyCheck, RequestLog, error_response, json_response, read_json
+from octavo.server.guards import HostCheck, KeyCheck, RequestLog, error_response, json_response, read_json
 from octavo.server.openapi import document
 from octavo.server.protocol import decode
 from octavo.server.service import Service
 from octavo.server.sse import ClientGone
 
 PAGE = Path(__file__).parent / "page"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -112,6 +113,8 @@ def build_app(service: Service) -> Any:
         Middleware(RequestLog, service.metrics.answered, paths),
         Middleware(KeyCheck, service.settings.api_keys, open_paths),
     ]
+    if not service.settings.api_keys and service.settings.host in LOOPBACK:
+        middleware.insert(1, Middleware(HostCheck))
     if service.settings.allowed_origins:
         cors: dict[str, Any] = {"allow_origins": service.settings.allowed_origins, "allow_methods": ["GET", "POST"]}
         middleware.insert(1, Middleware(CORSMiddleware, allow_headers=["Authorization", "Content-Type"], **cors))

@@ -48,6 +48,10 @@ class EngineDeadError(RuntimeError):
     """The engine's process has ended."""
 
 
+class RequestFailedError(RuntimeError):
+    """The engine has met a bug of ours in this request, and goes on."""
+
+
 class Mailbox:
     """Where one caller waits for news of its requests."""
 
@@ -226,8 +230,9 @@ class EngineClient:
     async def run(self, requests: Sequence[Add], timeout: float) -> AsyncGenerator[list[News], None]:
         """Yields what is new of these requests until all have finished, merging what was not read in time.
 
-        Raises ValueError, naming the field, when the engine refuses one, EngineDeadError when it is not, or no longer,
-        there, TimeoutError after `timeout` seconds. Leaving or cancelling aborts them all.
+        Raises ValueError, naming the field, when the engine refuses one, RequestFailedError when it cannot take it for
+        a fault of ours, EngineDeadError when it is not, or no longer, there, TimeoutError after `timeout` seconds.
+        Leaving or cancelling aborts them all.
         """
         mailbox = Mailbox([request.request_id for request in requests])
         self._check_alive()
@@ -287,7 +292,7 @@ class EngineClient:
             mailbox = self._mailboxes.pop(message.request_id, None)
             if mailbox is not None:
                 mailbox.unfinished.discard(message.request_id)
-                mailbox.fail(ValueError(message.reason))
+                mailbox.fail((RequestFailedError if message.ours else ValueError)(message.reason))
         elif self._started is not None and not self._started.done():
             self._started.set_result(message)
 

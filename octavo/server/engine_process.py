@@ -164,6 +164,10 @@ class EngineProcess:
             )
         except ValueError as error:
             self.channel.send(Refused(message.request_id, str(error)))
+        except Exception as error:  # a bug of ours must not take the others down
+            logger.exception("Request %s could not be added", message.request_id)
+            self.engine.scheduler.abort(message.request_id)
+            self.channel.send(Refused(message.request_id, f"the engine failed to take this request: {error!r}", True))
 
     def _answer(self, message: Ask) -> object:
         if message.question == "snapshot":

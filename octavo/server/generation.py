@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 from octavo.engine.sampling_params import SamplingParams
-from octavo.server.engine_client import EngineDeadError
+from octavo.server.engine_client import EngineDeadError, RequestFailedError
 from octavo.server.errors import ApiError, refusal, unavailable
 from octavo.server.guards import RequestInfo
 from octavo.server.messages import Add, News
@@ -81,6 +81,8 @@ class Generation:
                             yield index, news
             except EngineDeadError as error:
                 raise unavailable(str(error)) from None
+            except RequestFailedError as error:
+                raise ApiError(500, str(error), code="engine_error") from None
             except TimeoutError:
                 seconds = service.settings.request_timeout
                 raise ApiError(504, f"the answer took longer than {seconds:g} s", code="timeout") from None

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -140,6 +141,42 @@ class KeyCheck:
             if hmac.compare_digest(digest, expected):
                 found = key
         return found if scheme.lower() == "bearer" else None
+
+
+class HostCheck:
+    """403 for a Host that is a name other than localhost. Stands where no key protects a server that only its own
+    machine should reach: a page of another site could else let its own name point here, and read our answers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = Headers(scope=scope).get("host", "").lower()
+            if not _is_local(host):
+                error = ApiError(
+                    403,
+                    f"Host: expected localhost or an address, got {host[:80]!r}; give the server an --api-key to let "
+                    "others in",
+                )
+                await error_response(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+_HOST = re.compile(r"\[([^\]]*)\](?::\d*)?|([^:]*)(?::\d*)?")  # the name without the port
+
+
+def _is_local(host: str) -> bool:
+    named = _HOST.fullmatch(host)
+    host = (named[1] or named[2] or "") if named else host
+    if host in ("", "localhost") or host.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(text: str) -> bytes:

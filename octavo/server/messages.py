@@ -79,10 +79,11 @@ class Unable(Struct, tag="unable", array_like=True):
 
 
 class Refused(Struct, tag="refused", array_like=True):
-    """An Add that could not be served; the reason begins with the field's name."""
+    """An Add that could not be served. The reason begins with the field's name, or the fault is ours."""
 
     request_id: str
     reason: str
+    ours: bool = False
 
 
 class Piece(Struct, array_like=True):

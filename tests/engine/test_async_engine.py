@@ -61,6 +61,22 @@ def test_callers_get_what_the_synchronous_engine_gives(run_async, make_engine):
     run_async(test)
 
 
+def test_a_stream_brings_each_token_once_however_slow_its_reader(run_async):
+    async def test(llm, engine):
+        whole = (await collect(llm, "the hen", LONG))[-1]
+        for pause in (0, 0.02):
+            pieces = []
+            async for piece in llm.stream("the hen", LONG):
+                pieces.append(piece)
+                await asyncio.sleep(pause)
+            token_ids = [token for piece in pieces for output in piece.outputs for token in output.token_ids]
+            assert token_ids == whole.outputs[0].token_ids
+            assert "".join(piece.text for piece in pieces) == whole.text
+            assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+    run_async(test)
+
+
 def test_without_stream_only_the_last_output_comes(run_async):
     async def test(llm, engine):
         (output,) = await collect(llm, [1, 2, 3], SHORT, stream=False)

@@ -4,8 +4,11 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -13,6 +16,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octavo.server.guards import log_line
 
 LONG = {"temperature": 0, "max_tokens": 200, "ignore_eos": True}
 
@@ -64,7 +71,7 @@ def test_blocks_of_a_client_that_leaves_are_free_at_once(server, stream):
 
 def head(length, path="/v1/completions"):
     return (
-        f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
     ).encode()
 
 
@@ -147,7 +154,7 @@ def test_slow_and_oversized_clients_are_let_go(serve):
 
     assert answer_to() == b""
     assert answer_to(b"GET /health HTT", b"P/1.1\r\n", b"Host:", b" x", pause=0.15) == b""
-    assert answer_to(b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 200_000)[:13] in (
+    assert answer_to(b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: " + b"a" * 200_000)[:13] in (
         b"",
         b"HTTP/1.1 400 ",
         b"HTTP/1.1 431 ",
@@ -158,7 +165,7 @@ def test_slow_and_oversized_clients_are_let_go(serve):
     assert b" 413 " in answer_to(expecting)[:20]
     chunked = head(1).replace(b"Content-Length: 1", b"Transfer-Encoding: chunked")
     assert b" 413 " in answer_to(chunked + b"1000\r\n" + b" " * 4096 + b"\r\n0\r\n\r\n")[:20]
-    assert b" 200 " in answer_to(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")[:20]
+    assert b" 200 " in answer_to(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")[:20]
 
 
 def test_an_answer_that_takes_too_long_is_ended(serve):
@@ -210,6 +217,44 @@ def test_pages_of_other_origins_are_let_in_by_name_only(server, serve):
     assert answer.headers["access-control-allow-origin"] == "https://app.example"
     other = {**preflight, "Origin": "https://evil.example"}
     assert allowing.client.options("/v1/completions", headers=other).status_code == 400
+
+
+def test_without_a_key_a_foreign_name_for_this_machine_opens_nothing(server):
+    def status(host):
+        return server.get("/health", headers={"Host": host}).status_code
+
+    assert [status(host) for host in ("localhost:8000", "127.0.0.1:1", "[::1]:2", "a.localhost")] == [200] * 4
+    assert [status(host) for host in ("rebound.example", "rebound.example:8000", "[x")] == [403, 403, 403]
+
+
+def test_names_priorities_and_tls(serve, tmp_path):
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl command to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    request = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "1")
+    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+    subprocess.run([openssl, *request, *names], check=True, capture_output=True)
+    server = serve(
+        {"scheduling_policy": "priority"},
+        served_model_name=("small", "tiny"),
+        ssl_certfile=str(certificate),
+        ssl_keyfile=str(key),
+    )
+    assert server.url.startswith("https://127.0.0.1:")
+    with httpx.Client(base_url=server.url, verify=ssl.create_default_context(cafile=str(certificate))) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["small", "tiny"]
+        body = {"prompt": "the hen", "max_tokens": 2, "model": "tiny", "priority": -3}
+        assert client.post("/v1/completions", json=body).json()["model"] == "tiny"
+
+
+@given(st.text(), st.text())
+def test_no_value_forges_a_line_or_a_field_of_the_log(path, name):
+    line = log_line("request", path=path, name=name)
+    assert line.isprintable() or not (path + name).isprintable()
+    assert "\n" not in line
+    pairs = re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|[^\s"]+)(?: |$)', line)
+    assert [pair[0] for pair in pairs] == ["event", "path", "name"]
 
 
 # ---- the page's side -----------------------------------------------------------------------------------------------

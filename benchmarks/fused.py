@@ -202,7 +202,9 @@ def sampling(table: Table) -> None:
         numbers = torch.arange(rows, device=DEVICE)
         for name, (t, k, p) in SAMPLING.items():
             arguments = (ones * t, (ones * k).int(), ones * p, ones * 0, numbers, numbers)
-            ours = graph_microseconds([lambda a=arguments, x=logits: ops.sample_on_device(x, *a)] * 4)
+            ours = graph_microseconds(
+                [lambda a=arguments, x=logits, c=k > 0 or p < 1: ops.sample_on_device(x, *a, truncates=c)] * 4
+            )
             peer = graph_microseconds([lambda x=logits, t=t, k=k, p=p: _plain_sample(x, t, k, p)] * 4)
             table.add(f"sample {rows} × {vocab}, {name}", ours, peer, 4 * logits.numel() / COPY_RATE * 1e6)
 

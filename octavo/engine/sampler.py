@@ -206,8 +206,12 @@ class Sampler:
             return argmax(logits)
         if random.device_parameters is not None:
             positions = _num_sampled_tokens(batch.sequences)
+            truncates = len(random.truncated) > 0 or random.log_min_p is not None
             return ops.sample_on_device(
-                logits, **random.device_parameters, positions=to_device(positions, self._device)
+                logits,
+                **random.device_parameters,
+                positions=to_device(positions, self._device),
+                truncates=truncates,
             )
         if random.everyone:
             return _draw_random(logits, random, batch.sequences)

@@ -194,8 +194,8 @@ def test_a_graph_of_early_launches_replays_the_same_bits(tokens):
 
 @pytest.mark.parametrize("vocab", [1000, 49152, 151936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sampling_draws_the_reference_s_tokens(vocab, dtype):
-    rows = 40
+@pytest.mark.parametrize("rows", [20, 60])  # shared by programs, and one program a row
+def test_sampling_draws_the_reference_s_tokens(rows, vocab, dtype):
     logits = (3 * randn(rows, vocab, dtype=torch.float32)).to(dtype)
     i = torch.arange(rows, device=DEVICE)
     parameters = (

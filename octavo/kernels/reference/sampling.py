@@ -9,15 +9,17 @@ _WORD = 0xFFFFFFFF
 
 
 def refuses_sample_on_device(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
-) -> str | None:
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor,
+    truncates: bool,
+) -> str | None:  # fmt: skip
     """The reference takes every call."""
     return None
 
 
 def sample_on_device(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
-) -> Tensor:
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor,
+    truncates: bool,
+) -> Tensor:  # fmt: skip
     """(N, V) → (N,) int64: temperature, min_p, top_k, top_p, then the largest logit / T − log(exponential noise)."""
     vocab = logits.shape[1]
     greedy = temperature < 1e-5

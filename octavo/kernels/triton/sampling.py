@@ -1,10 +1,13 @@
-"""Tokens drawn on the device without a host read: one program per row; nothing is sorted.
+"""Tokens drawn on the device without a host read; nothing is sorted.
 
 A row that does not truncate is one pass: the largest logit / T − log(exponential noise), which is a draw from the
 softmax (Gumbel-max). One that does looks for the lowest logit it keeps, first: the largest threshold at which the kept
 entries are still enough, by count (top_k) or by mass (top_p). Eight thresholds near the largest logit are weighed in
 one pass; the entries above the tightest that is enough, if at most `CAPACITY`, are gathered, and the search goes on
 among these, else in the whole row. Entries equal to the threshold are all kept.
+
+A program does a whole row. Where rows are few, `PARTS` programs share each, pass by pass: one launch for the largest
+logit (or the draw), one each to weigh, to gather and to finish; rows without truncation skip the middle.
 
 Noise is a hash of (seed, position, token), the same in the reference.
 """
@@ -17,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.kernels.spec import Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
 
-CAPACITY = 2048
+CAPACITY = 8192
 FEW_ROWS = 32  # up to which a row that does not truncate is shared by PARTS programs; only two kernels to compile
 PARTS = 16
 
@@ -85,13 +88,13 @@ def _draw(source, ids, gathered, first, count, inverse_t, floor, key_a, key_b, n
 
 
 @triton.jit
-def _range(source, count, BLOCK: tl.constexpr):
-    """The largest entry and the smallest that is finite."""
+def _range(source, first, count, BLOCK: tl.constexpr):
+    """The largest of entries first … count - 1 and the smallest that is finite."""
     i = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     low = tl.full((BLOCK,), float("inf"), tl.float32)
-    following = _entries(source, 0, i, count)
-    for start in range(0, count, BLOCK):
+    following = _entries(source, first, i, count)
+    for start in range(first, count, BLOCK):
         x = following
         following = _entries(source, start + BLOCK, i, count)
         top = tl.maximum(top, x)
@@ -100,15 +103,15 @@ def _range(source, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _weigh(source, count, thresholds, top, inverse_t, floor, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _weigh(source, first, count, thresholds, top, inverse_t, floor, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """Number and mass exp((x − top) / T) of the entries at or above each threshold, and the mass of all; entries under
     floor do not count."""
     i = tl.arange(0, BLOCK)
     number = tl.zeros((BLOCK, SPLITS), tl.float32)
     mass = tl.zeros((BLOCK, SPLITS), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    following = _entries(source, 0, i, count)
-    for start in range(0, count, BLOCK):
+    following = _entries(source, first, i, count)
+    for start in range(first, count, BLOCK):
         x = following
         following = _entries(source, start + BLOCK, i, count)
         kept = (x >= floor) & (x > float("-inf"))
@@ -133,7 +136,7 @@ def _lowest_kept(
     while (middle > low) & (middle < high) & (rounds < 64):
         step = (high - low) * (1.0 / (SPLITS + 1))
         thresholds = low + step * j.to(tl.float32)
-        number, mass, _ = _weigh(source, count, thresholds, top, inverse_t, floor, SPLITS, BLOCK)
+        number, mass, _ = _weigh(source, 0, count, thresholds, top, inverse_t, floor, SPLITS, BLOCK)
         weight = mass if BY_MASS else number
         enough = weight >= wanted
         new_low = tl.max(tl.where(enough, thresholds, low), 0)
@@ -150,12 +153,12 @@ def _lowest_kept(
 
 
 @triton.jit
-def _gather(source, count, threshold, to_x, to_ids, BLOCK: tl.constexpr):
+def _gather(source, first, count, threshold, to_x, to_ids, BLOCK: tl.constexpr):
     """Writes the entries at or above the threshold and their tokens, in order."""
     i = tl.arange(0, BLOCK)
     written = tl.zeros((), tl.int32)
-    following = _entries(source, 0, i, count)
-    for start in range(0, count, BLOCK):
+    following = _entries(source, first, i, count)
+    for start in range(first, count, BLOCK):
         x = following
         following = _entries(source, start + BLOCK, i, count)
         kept = (x >= threshold) & (start + i < count)
@@ -165,23 +168,12 @@ def _gather(source, count, threshold, to_x, to_ids, BLOCK: tl.constexpr):
             tl.store(to_x + at, x.to(to_x.dtype.element_ty), mask=kept)
             tl.store(to_ids + at, start + i, mask=kept)
             written += tl.sum(number, 0)
-    tl.debug_barrier()  # what other threads wrote is read next
     return written
 
 
 @triton.jit
-def sample_kernel(
-    logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, part_scores, part_tokens, scratch, scratch_ids,
-    vocab, part_size, stride, PARTS: tl.constexpr,
-    CAPACITY: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEARCH: tl.constexpr,
-):  # fmt: skip
-    """Row `pid` of logits (N, vocab), which PARTS programs share where it does not truncate; one of them does it alone
-    where it does. scratch (N, CAPACITY) of logits' dtype, scratch_ids (N, CAPACITY) int32."""
-    r = tl.program_id(0).to(tl.int64)
-    row = logits + r * stride
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+def _parameters(r, temperature, top_k, top_p, min_p, vocab):
+    """(T, 1 / T, top_k, top_p, min_p, whether the row truncates) of row r; a greedy row does not."""
     t = tl.load(temperature + r)
     k = tl.load(top_k + r)
     k = tl.where((k <= 0) | (k > vocab), vocab, k)
@@ -189,43 +181,63 @@ def sample_kernel(
     least = tl.load(min_p + r)
     greedy = t < 1e-5
     inverse_t = tl.where(greedy, 1.0, 1.0 / tl.maximum(t, 1e-5))
-    key_a, key_b = _row_keys(tl.load(seeds + r), tl.load(positions + r))
-    part = tl.program_id(1)
-    if greedy | ((k == vocab) & (p >= 1.0) & (least <= 0.0)):
-        first = part * part_size
-        end = tl.minimum(first + part_size, vocab)
-        everything = float("-inf")
-        score, token = _draw(
-            row, scratch_ids, False, first, end, inverse_t, everything, key_a, key_b, t >= 1e-5, BLOCK
-        )  # fmt: skip
-    else:
-        score = tl.full((), float("-inf"), tl.float32)
-        token = tl.full((), 0x7FFFFFFF, tl.int32)
-        if part == 0:
-            token = _draw_truncated(
-                row, scratch + r * CAPACITY, scratch_ids + r * CAPACITY, vocab, t, inverse_t, k, p, least, key_a, key_b,
-                CAPACITY, SPLITS, BLOCK, BLOCK_SEARCH,
-            )  # fmt: skip
-            score = tl.full((), float("inf"), tl.float32)
-    if PARTS == 1:
-        tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
-    else:
-        tl.store(part_scores + r * PARTS + part, score)
-        tl.store(part_tokens + r * PARTS + part, token)
+    return t, inverse_t, k, p, least, ((k < vocab) | (p < 1.0) | (least > 0.0)) & (t >= 1e-5)
 
 
 @triton.jit
-def best_part_kernel(part_scores, part_tokens, tokens, vocab, PARTS: tl.constexpr, PDL: tl.constexpr):
-    """The token of the best part of each row, the lowest among equals."""
-    r = tl.program_id(0)
-    i = tl.arange(0, PARTS)
+def _thresholds(top, bottom, t, least, SPLITS: tl.constexpr):
+    """(lowest logit that min_p allows, SPLITS thresholds from there to the largest logit)."""
+    floor = bottom
+    if least > 0.0:
+        floor = tl.maximum(floor, top + t * tl.log(least))
+    j = tl.arange(0, SPLITS).to(tl.float32)
+    return floor, tl.maximum(top - tl.maximum(t, 0.5) * 0.3 * (j + 1.0) * (j + 2.0), floor)
+
+
+@triton.jit
+def _tightest(number, mass, total, thresholds, floor, k, p, vocab, CAPACITY: tl.constexpr):
+    """The largest threshold above which there is enough, and not too much to gather; −inf if there is none."""
+    enough = tl.where(k < vocab, number >= k.to(tl.float32), mass >= p * total) | (thresholds <= floor)
+    return tl.max(tl.where(enough & (number <= CAPACITY), thresholds, float("-inf")), 0)
+
+
+@triton.jit
+def sample_kernel(
+    logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, part_tops, part_bottoms, part_tokens, scratch,
+    scratch_ids, vocab, part_size, stride, PARTS: tl.constexpr,
+    CAPACITY: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEARCH: tl.constexpr,
+):  # fmt: skip
+    """Part `pid 1` of row `pid 0` of logits (N, vocab). One part: the token. More: the best of the part, or its range
+    where the row truncates; part_… (N, PARTS). scratch (N, CAPACITY) of logits' dtype, scratch_ids int32."""
+    r = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    row = logits + r * stride
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    score = tl.load(part_scores + r * PARTS + i)
-    token = tl.load(part_tokens + r * PARTS + i)
-    token = tl.min(tl.where(score == tl.max(score, 0), token, 0x7FFFFFFF), 0)
-    tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
+    t, inverse_t, k, p, least, truncates = _parameters(r, temperature, top_k, top_p, min_p, vocab)
+    key_a, key_b = _row_keys(tl.load(seeds + r), tl.load(positions + r))
+    first = part * part_size
+    end = tl.minimum(first + part_size, vocab)
+    token = tl.full((), 0, tl.int32)
+    score = tl.full((), 0.0, tl.float32)
+    if not truncates:
+        score, token = _draw(
+            row, scratch_ids, False, first, end, inverse_t, float("-inf"), key_a, key_b, t >= 1e-5, BLOCK
+        )  # fmt: skip
+    elif PARTS == 1:
+        token = _draw_truncated(
+            row, scratch + r * CAPACITY, scratch_ids + r * CAPACITY, vocab, t, inverse_t, k, p, least, key_a, key_b,
+            CAPACITY, SPLITS, BLOCK, BLOCK_SEARCH,
+        )  # fmt: skip
+    else:
+        score, bottom = _range(row, first, end, BLOCK)
+        tl.store(part_bottoms + r * PARTS + part, bottom)
+    if PARTS == 1:
+        tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
+    else:
+        tl.store(part_tops + r * PARTS + part, score)
+        tl.store(part_tokens + r * PARTS + part, token)
 
 
 @triton.jit
@@ -234,28 +246,127 @@ def _draw_truncated(
     CAPACITY: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEARCH: tl.constexpr,
 ):  # fmt: skip
     """A token of one row (vocab,); found and ids (CAPACITY,) are room for its likely entries."""
-    top, bottom = _range(row, vocab, BLOCK)
-    floor = bottom
-    if least > 0.0:
-        floor = tl.maximum(floor, top + t * tl.log(least))
+    top, bottom = _range(row, 0, vocab, BLOCK)
+    floor, thresholds = _thresholds(top, bottom, t, least, SPLITS)
+    number, mass, total = _weigh(row, 0, vocab, thresholds, top, inverse_t, floor, SPLITS, BLOCK_SEARCH)
+    tightest = _tightest(number, mass, total, thresholds, floor, k, p, vocab, CAPACITY)
     source = row
     count = vocab
     gathered = False
-    if (k < vocab) | (p < 1.0):
-        j = tl.arange(0, SPLITS).to(tl.float32)
-        unit = tl.maximum(t, 0.5) * 0.3
-        thresholds = tl.maximum(top - unit * (j + 1.0) * (j + 2.0), floor)
-        number, mass, total = _weigh(row, vocab, thresholds, top, inverse_t, floor, SPLITS, BLOCK_SEARCH)
-        enough = tl.where(k < vocab, number >= k.to(tl.float32), mass >= p * total) | (thresholds <= floor)
-        tightest = tl.max(tl.where(enough & (number <= CAPACITY), thresholds, float("-inf")), 0)
-        if tightest > float("-inf"):
-            count = _gather(row, vocab, tightest, found, ids, BLOCK_SEARCH)
-            floor = tightest
-            source = found
-            gathered = True
-        floor = _truncate(source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS, BLOCK_SEARCH)
+    if tightest > float("-inf"):
+        count = _gather(row, 0, vocab, tightest, found, ids, BLOCK_SEARCH)
+        tl.debug_barrier()  # what other threads wrote is read next
+        floor = tightest
+        source = found
+        gathered = True
+    floor = _truncate(source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS, BLOCK_SEARCH)
     _, token = _draw(source, ids, gathered, 0, count, inverse_t, floor, key_a, key_b, True, BLOCK_SEARCH)
     return token
+
+
+@triton.jit
+def _range_of_parts(r, part_tops, part_bottoms, PARTS: tl.constexpr):
+    i = tl.arange(0, PARTS)
+    top = tl.max(tl.load(part_tops + r * PARTS + i), 0)
+    return top, tl.min(tl.load(part_bottoms + r * PARTS + i), 0)
+
+
+@triton.jit
+def _weights_of_parts(r, part_weights, PARTS: tl.constexpr, SPLITS: tl.constexpr):
+    """(number of each part and threshold, their sums, masses, mass of all)."""
+    at = part_weights + (r * PARTS + tl.arange(0, PARTS)[:, None]) * (3 * SPLITS) + tl.arange(0, SPLITS)[None, :]
+    numbers = tl.load(at)
+    total = tl.max(tl.sum(tl.load(at + 2 * SPLITS), 0), 0)
+    return numbers, tl.sum(numbers, 0), tl.sum(tl.load(at + SPLITS), 0), total
+
+
+@triton.jit
+def weigh_part_kernel(
+    logits, temperature, top_k, top_p, min_p, part_tops, part_bottoms, part_weights, vocab, part_size, stride,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """part_weights (N, PARTS, 3, SPLITS): number and mass above each threshold, and SPLITS times the mass of all."""
+    r = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    t, inverse_t, _, _, least, truncates = _parameters(r, temperature, top_k, top_p, min_p, vocab)
+    if truncates:
+        top, bottom = _range_of_parts(r, part_tops, part_bottoms, PARTS)
+        floor, thresholds = _thresholds(top, bottom, t, least, SPLITS)
+        first = part * part_size
+        end = tl.minimum(first + part_size, vocab)
+        row = logits + r * stride
+        number, mass, total = _weigh(row, first, end, thresholds, top, inverse_t, floor, SPLITS, BLOCK)
+        to = part_weights + (r * PARTS + part) * (3 * SPLITS) + tl.arange(0, SPLITS)
+        tl.store(to, number)
+        tl.store(to + SPLITS, mass)
+        tl.store(to + 2 * SPLITS, tl.zeros((SPLITS,), tl.float32) + total)
+
+
+@triton.jit
+def gather_part_kernel(
+    logits, temperature, top_k, top_p, min_p, part_tops, part_bottoms, part_weights, scratch, scratch_ids, vocab,
+    part_size, stride,
+    PARTS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each part writes its entries behind those of the parts before it."""
+    r = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    t, _, k, p, least, truncates = _parameters(r, temperature, top_k, top_p, min_p, vocab)
+    if truncates:
+        top, bottom = _range_of_parts(r, part_tops, part_bottoms, PARTS)
+        floor, thresholds = _thresholds(top, bottom, t, least, SPLITS)
+        numbers, number, mass, total = _weights_of_parts(r, part_weights, PARTS, SPLITS)
+        tightest = _tightest(number, mass, total, thresholds, floor, k, p, vocab, CAPACITY)
+        if tightest > float("-inf"):
+            mine = tl.max(tl.where(thresholds[None, :] == tightest, numbers, 0.0), 1)
+            before = tl.sum(tl.where(tl.arange(0, PARTS) < part, mine, 0.0), 0).to(tl.int32)
+            first = part * part_size
+            end = tl.minimum(first + part_size, vocab)
+            at = r * CAPACITY + before
+            _gather(logits + r * stride, first, end, tightest, scratch + at, scratch_ids + at, BLOCK)
+
+
+@triton.jit
+def finish_kernel(
+    logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, part_tops, part_bottoms, part_tokens,
+    part_weights, scratch, scratch_ids, vocab, stride,
+    PARTS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The token of each row: of the best part, the lowest among equals, or drawn from what was gathered."""
+    r = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    t, inverse_t, k, p, least, truncates = _parameters(r, temperature, top_k, top_p, min_p, vocab)
+    if truncates:
+        key_a, key_b = _row_keys(tl.load(seeds + r), tl.load(positions + r))
+        top, bottom = _range_of_parts(r, part_tops, part_bottoms, PARTS)
+        floor, thresholds = _thresholds(top, bottom, t, least, SPLITS)
+        _, number, mass, total = _weights_of_parts(r, part_weights, PARTS, SPLITS)
+        tightest = _tightest(number, mass, total, thresholds, floor, k, p, vocab, CAPACITY)
+        source = logits + r * stride
+        count = vocab
+        gathered = False
+        if tightest > float("-inf"):
+            count = tl.max(tl.where(thresholds == tightest, number, 0.0), 0).to(tl.int32)
+            floor = tightest
+            source = scratch + r * CAPACITY
+            gathered = True
+        floor = _truncate(source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS, BLOCK)
+        ids = scratch_ids + r * CAPACITY
+        _, token = _draw(source, ids, gathered, 0, count, inverse_t, floor, key_a, key_b, True, BLOCK)
+    else:
+        i = tl.arange(0, PARTS)
+        score = tl.load(part_tops + r * PARTS + i)
+        token = tl.load(part_tokens + r * PARTS + i)
+        token = tl.min(tl.where(score == tl.max(score, 0), token, 0x7FFFFFFF), 0)
+    tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
 
 
 @triton.jit
@@ -266,37 +377,55 @@ def _truncate(source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS: 
     if p < 1.0:
         if k < vocab:
             j = tl.arange(0, SPLITS).to(tl.float32)
-            _, _, total = _weigh(source, count, j, top, inverse_t, floor, SPLITS, BLOCK)
+            _, _, total = _weigh(source, 0, count, j, top, inverse_t, floor, SPLITS, BLOCK)
         floor = _lowest_kept(source, count, floor, top, inverse_t, p * total, True, SPLITS, BLOCK)
     return floor
 
 
 def refuses_sample_on_device(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
-) -> str | None:
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor,
+    truncates: bool,
+) -> str | None:  # fmt: skip
     """Why this backend cannot take the call, or None."""
     return None if logits.stride(1) == 1 and logits.dtype != torch.float64 else "it takes contiguous rows up to fp32"
 
 
 def sample_on_device(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
-) -> Tensor:
-    """(N, V) → (N,) int64."""
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor,
+    truncates: bool,
+) -> Tensor:  # fmt: skip
+    """(N, V) → (N,) int64. truncates: some row may have a top_k, top_p or min_p."""
     rows, vocab = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    device = logits.device
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
     if rows == 0:
         return tokens
-    early = early_launch_options(logits.device)
-    scratch = torch.empty((rows, CAPACITY), dtype=logits.dtype, device=logits.device)
-    scratch_ids = torch.empty((rows, CAPACITY), dtype=torch.int32, device=logits.device)
     parts = PARTS if rows <= FEW_ROWS else 1
-    scores = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)
-    part_tokens = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
+    tops, bottoms = torch.empty((2, rows, parts), dtype=torch.float32, device=device)
+    part_tokens = torch.empty((rows, parts), dtype=torch.int32, device=device)
+    scratch = torch.empty((rows, CAPACITY), dtype=logits.dtype, device=device)
+    scratch_ids = torch.empty((rows, CAPACITY), dtype=torch.int32, device=device)
+    given = logits, temperature, top_k, top_p, min_p
+    part_size = triton.cdiv(triton.cdiv(vocab, parts), 16) * 16
+    sizes = vocab, part_size, logits.stride(0)
+    options = {"PARTS": parts, "SPLITS": 8, **early_launch_options(device)}
     sample_kernel[(rows, parts)](
-        logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, scores, part_tokens, scratch, scratch_ids,
-        vocab, triton.cdiv(triton.cdiv(vocab, parts), 16) * 16, logits.stride(0), PARTS=parts, CAPACITY=CAPACITY,
-        SPLITS=8, BLOCK=8192 if parts == 1 else 4096, BLOCK_SEARCH=2048, num_warps=16, **early,
+        *given, seeds, positions, tokens, tops, bottoms, part_tokens, scratch, scratch_ids, *sizes,
+        CAPACITY=CAPACITY, BLOCK=8192 if parts == 1 else 4096, BLOCK_SEARCH=2048, num_warps=16, **options,
     )  # fmt: skip
-    if parts > 1:
-        best_part_kernel[(rows,)](scores, part_tokens, tokens, vocab, PARTS=parts, num_warps=1, **early)
+    if parts == 1:
+        return tokens
+    weights = torch.empty((rows, parts, 3, 8), dtype=torch.float32, device=device)
+    if truncates:
+        weigh_part_kernel[(rows, parts)](
+            *given, tops, bottoms, weights, *sizes, BLOCK=2048, num_warps=16, **options,
+        )  # fmt: skip
+        gather_part_kernel[(rows, parts)](
+            *given, tops, bottoms, weights, scratch, scratch_ids, *sizes,
+            CAPACITY=CAPACITY, BLOCK=2048, num_warps=16, **options,
+        )  # fmt: skip
+    finish_kernel[(rows,)](
+        *given, seeds, positions, tokens, tops, bottoms, part_tokens, weights, scratch, scratch_ids, vocab,
+        logits.stride(0), CAPACITY=CAPACITY, BLOCK=2048, num_warps=16, **options,
+    )  # fmt: skip
     return tokens

@@ -22,6 +22,20 @@ def parameters(rows, **given):
     return list(values.values())
 
 
+def ours(logits, arguments, truncates=True):
+    return sampling.sample_on_device(logits, *arguments, truncates)
+
+
+def expected(logits, arguments):
+    return reference.sample_on_device(logits, *arguments, True)
+
+
+@pytest.fixture(params=[sampling.FEW_ROWS, 0], ids=["parts", "whole rows"], autouse=True)
+def few_rows(request, monkeypatch):
+    """Every test with rows shared by programs, and with a program for each."""
+    monkeypatch.setattr(sampling, "FEW_ROWS", request.param)
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -44,10 +58,7 @@ def parameters(rows, **given):
 def test_the_reference_s_tokens(given):
     logits = torch.randn(5, 4099) * 3
     arguments = parameters(5, **given)
-    assert (
-        sampling.sample_on_device(logits, *arguments).tolist()
-        == reference.sample_on_device(logits, *arguments).tolist()
-    )
+    assert ours(logits, arguments).tolist() == expected(logits, arguments).tolist()
 
 
 def test_each_row_has_its_own_parameters_and_none_depends_on_its_place():
@@ -59,16 +70,10 @@ def test_each_row_has_its_own_parameters_and_none_depends_on_its_place():
         top_k=torch.randint(0, 30, (rows,), dtype=torch.int32) * (torch.arange(rows, dtype=torch.int32) % 2),
         top_p=torch.where(torch.arange(rows) % 3 > 0, torch.rand(rows), 1.0),
     )
-    tokens = sampling.sample_on_device(logits, *arguments)
-    assert torch.equal(tokens, reference.sample_on_device(logits, *arguments))
+    tokens = ours(logits, arguments)
+    assert torch.equal(tokens, expected(logits, arguments))
     order = torch.randperm(rows)
-    assert torch.equal(sampling.sample_on_device(logits[order], *(x[order] for x in arguments)), tokens[order])
-
-
-def test_many_rows_are_not_shared_by_programs():
-    logits = torch.randn(sampling.FEW_ROWS + 1, 300) * 3
-    arguments = parameters(len(logits), temperature=torch.arange(len(logits)) % 3 * 0.5)
-    assert torch.equal(sampling.sample_on_device(logits, *arguments), reference.sample_on_device(logits, *arguments))
+    assert torch.equal(ours(logits[order], [x[order] for x in arguments]), tokens[order])
 
 
 def test_ties_masked_tokens_and_rows_that_do_not_fit_a_block():
@@ -76,7 +81,7 @@ def test_ties_masked_tokens_and_rows_that_do_not_fit_a_block():
     logits[:, [5, 30, 76]] = torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 0.0], [3.0, 3.0, -1.0]])
     for given in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.9}, {"temperature": 0.0}):
         arguments = parameters(3, **given)
-        tokens = sampling.sample_on_device(logits, *arguments)
-        assert torch.equal(tokens, reference.sample_on_device(logits, *arguments)), given
+        tokens = ours(logits, arguments)
+        assert torch.equal(tokens, expected(logits, arguments)), given
         assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
-    assert sampling.sample_on_device(logits, *parameters(3, temperature=0.0)).tolist() == [5, 30, 5]
+    assert ours(logits, parameters(3, temperature=0.0), truncates=False).tolist() == [5, 30, 5]

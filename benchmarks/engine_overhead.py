@@ -33,7 +33,8 @@ class NullModel(nn.Module):
     def __init__(self, vocab: int, rows: int) -> None:
         super().__init__()
         self.config = SimpleNamespace(vocab_size=vocab, eos_token_ids=())
-        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.dtype = self.cache_dtype = torch.float32
+        self.device = torch.device("cpu")
         self.layers = nn.ModuleList([NullAttention()])
         self.hidden = torch.zeros(4096, 1)
         self.logits = torch.randn(rows, vocab) * 4  # as peaked as a language model's

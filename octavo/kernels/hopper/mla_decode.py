@@ -28,7 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from octavo.kernels.hopper.gluon_compat import scale_unless_one, tma_load, wait_for_earlier_kernel, warps_sync
+from octavo.kernels.hopper.gluon_compat import (
+    reinterpret,
+    scale_unless_one,
+    tma_load,
+    wait_for_earlier_kernel,
+    warps_sync,
+)
 from octavo.kernels.hopper.launch import integer_key, launch, pointer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
@@ -101,7 +107,7 @@ def load_columns(row, valid, desc, column, full, smem, g: gl.constexpr, GROUP: g
         tma_load(desc, [row + valid, BLOCK - valid, column], full, smem)
     else:
         chunks: gl.constexpr = smem.shape[2] // 64
-        tiles = smem._reinterpret(smem.dtype, [BLOCK // GROUP * chunks, 1, GROUP, 64], desc.layout)
+        tiles = reinterpret(smem, [BLOCK // GROUP * chunks, 1, GROUP, 64], desc.layout)
         for c in gl.static_range(chunks):
             at = [row + valid, GROUP - valid, column + c * 64]
             tma_load(desc, at, full, tiles.index(c * (BLOCK // GROUP) + g))
@@ -168,7 +174,7 @@ def score_blocks(
     q_left, q_right0, q_right1, q_right2, q_rest = q
     left_smem, right_smem, rope_smem = kv_smem
     left_full, right_full, rope_full, p_full, p_empty = bars
-    right = right_smem._reinterpret(right_smem.dtype, [4 * STAGES, BLOCK, 64], q_rest.layout)
+    right = reinterpret(right_smem, [4 * STAGES, BLOCK, 64], q_rest.layout)
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     while n >= stop:
         stage = index % STAGES

@@ -9,8 +9,11 @@ causal, 2.5 times as much backward. The ceiling is a bf16 8192³ product measure
 """
 
 import argparse
+import functools
 import importlib
 import json
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +27,7 @@ from triton.testing import do_bench
 from octavo.kernels.spec import AttentionSpec, AttentionTensors
 
 HIDDEN, TOKENS = 2048, 16384
-OURS = ("triton", "hopper")
+OURS = ("triton", "hopper", "hopper-deterministic")
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -36,9 +39,22 @@ class Runnable(NamedTuple):
     saves_lse: bool = False  # its backward needs a forward's output and LSE
 
 
-def seconds(fn: Callable[[], object]) -> float:
-    """Median time of one call, in seconds."""
-    return do_bench(fn, warmup=25, rep=100, return_mode="median") * 1e-3
+def seconds(fn: Callable[[], object], rep: float = 100) -> float:
+    """Median time of one call, in seconds; `rep` milliseconds of repeats after a quarter of that for warming up."""
+    return do_bench(fn, warmup=rep / 4, rep=rep, return_mode="median") * 1e-3
+
+
+def host_seconds(fn: Callable[[], object], calls: int = 500) -> float:
+    """Time that the host takes to issue one call."""
+    for _ in range(20):
+        fn()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        fn()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / calls
 
 
 def autograd_runnable(call: Callable[[], torch.Tensor], qkv: QKV, dout: torch.Tensor) -> Runnable:
@@ -59,7 +75,9 @@ def autograd_runnable(call: Callable[[], torch.Tensor], qkv: QKV, dout: torch.Te
 
 def octavo(backend: str, qkv: QKV, dout: torch.Tensor, causal: bool) -> Runnable:
     """Our kernels, called directly; a refusal is an error that says why."""
-    spec = AttentionSpec(qkv[0].shape[-1] ** -0.5, window_right=0 if causal else -1)
+    backend, _, deterministic = backend.partition("-")
+    right = 0 if causal else -1
+    spec = AttentionSpec(qkv[0].shape[-1] ** -0.5, window_right=right, deterministic=bool(deterministic))
     t = AttentionTensors()
     q, k, v = (x.detach() for x in qkv)
     forward_module = importlib.import_module(f"octavo.kernels.{backend}.flash_fwd")
@@ -174,7 +192,9 @@ def peak_bytes(make: Callable[[], Runnable]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(name: str, qkv: QKV, dout: torch.Tensor, causal: bool, reference: list[torch.Tensor]) -> dict[str, object]:
+def measure(
+    name: str, qkv: QKV, dout: torch.Tensor, causal: bool, reference: list[torch.Tensor], rep: float
+) -> dict[str, object]:
     """One candidate on one shape: TFLOP/s and relative errors, or the reason why there are none."""
     batch, length, heads, head_dim = qkv[0].shape
     flops = 4 * batch * length**2 * heads * head_dim / (2 if causal else 1)
@@ -183,12 +203,12 @@ def measure(name: str, qkv: QKV, dout: torch.Tensor, causal: bool, reference: li
         runnable = CANDIDATES[name](qkv, dout, causal)
         out = runnable.forward()
         row["error"] = relative_error(out, reference[0])
-        row["forward"] = flops / seconds(runnable.forward) / 1e12
+        row["forward"] = flops / seconds(runnable.forward, rep) / 1e12
         if runnable.backward is not None:
             grads = runnable.backward(out)
             row["grad_error"] = max(relative_error(g, r) for g, r in zip(grads, reference[1:], strict=True))
             row["peak_bytes"] = peak_bytes(lambda: CANDIDATES[name](qkv, dout, causal))
-            row["backward"] = 2.5 * flops / seconds(lambda: runnable.backward(out)) / 1e12
+            row["backward"] = 2.5 * flops / seconds(lambda: runnable.backward(out), rep) / 1e12
     except Exception as error:  # a peer that is absent or refuses is a row that says so
         row["why"] = f"{type(error).__name__}: {error}"[:200]
     return row
@@ -197,6 +217,7 @@ def measure(name: str, qkv: QKV, dout: torch.Tensor, causal: bool, reference: li
 def summarise(rows: list[dict[str, object]], ceiling: float) -> list[str]:
     """One line a shape and pass: ours, the best peer, the ratio, the share of the ceiling."""
     lines = []
+    ratios: dict[tuple[str, str], list[float]] = {}
     shapes = dict.fromkeys((r["head_dim"], r["causal"], r["seqlen"]) for r in rows)
     for shape in shapes:
         for direction in ("forward", "backward"):
@@ -214,7 +235,29 @@ def summarise(rows: list[dict[str, object]], ceiling: float) -> list[str]:
                         f"D={shape[0]} causal={shape[1]} S={shape[2]} {direction}: {name} {speeds[name]:.0f} TFLOP/s, "
                         f"{ratio}, {speeds[name] / ceiling:.0%} of the ceiling"
                     )
+                    if best:
+                        ratios.setdefault((name, direction), []).append(speeds[name] / peers[best])
+    for (name, direction), values in ratios.items():
+        mean = math.exp(sum(map(math.log, values)) / len(values))
+        lines.append(f"{name} {direction}: {mean:.3f} of the best peer in geometric mean of {len(values)} shapes")
     return lines
+
+
+def host_times(names: list[str]) -> dict[str, float]:
+    """Microseconds of host time for one forward and one backward of each on a small causal shape."""
+    qkv = tuple(torch.randn(1, 256, 2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    dout = torch.randn(1, 256, 2, 128, device="cuda", dtype=torch.bfloat16)
+    times = {}
+    for name in names:
+        try:
+            runnable = CANDIDATES[name](qkv, dout, True)
+            out = runnable.forward()
+            times[f"{name} forward"] = host_seconds(runnable.forward) * 1e6
+            if runnable.backward is not None:
+                times[f"{name} backward"] = host_seconds(functools.partial(runnable.backward, out)) * 1e6
+        except Exception as error:  # as in `measure`
+            print(f"host time of {name}: {type(error).__name__}: {error}"[:200])
+    return times
 
 
 def main() -> None:
@@ -223,6 +266,7 @@ def main() -> None:
     parser.add_argument("--seqlens", default="1024,4096,16384")
     parser.add_argument("--names", default=",".join(CANDIDATES), help="which of " + ", ".join(CANDIDATES))
     parser.add_argument("--causal", choices=("no", "yes", "both"), default="both")
+    parser.add_argument("--rep", type=float, default=100, help="milliseconds that each kernel is repeated for")
     parser.add_argument("--out", type=Path, help="JSON file for every row")
     args = parser.parse_args()
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
@@ -238,11 +282,13 @@ def main() -> None:
                 dout = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
                 reference = fp32_head(qkv, dout, causal)
                 for name in args.names.split(","):
-                    rows.append(measure(name, qkv, dout, causal, reference))
+                    rows.append(measure(name, qkv, dout, causal, reference, args.rep))
                     print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    print("\n".join(summarise(rows, ceiling)))
+    host = host_times(args.names.split(","))
+    print("\n".join([*summarise(rows, ceiling), *(f"host time, {name}: {us:.0f} µs" for name, us in host.items())]))
     if args.out:
-        args.out.write_text(json.dumps({"machine": machine, "ceiling_tflops": ceiling, "rows": rows}, indent=1))
+        results = {"machine": machine, "ceiling_tflops": ceiling, "rows": rows, "host_us": host}
+        args.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

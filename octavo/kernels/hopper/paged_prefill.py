@@ -16,6 +16,7 @@ from octavo.kernels.hopper.flash_fwd import (
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 
 MIN_BOX = 16  # rows of the smallest box: two of the 8-row pieces in which shared memory is laid out
+MIN_MEAN_QUERIES = 128  # one tile a sequence: with fewer, most tiles would hold one decode row (by count, not measured)
 _UNSUPPORTED = ("seqused_q", "leftpad_k", "qv", "alibi_slopes", "attn_bias")
 
 
@@ -29,8 +30,8 @@ def refuses_paged_attention(
     if t.cu_seqlens_q is None or num_splits > 1:
         return "it takes queries packed by cu_seqlens_q, and splits no keys"
     sequences = t.cu_seqlens_q.shape[0] - 1
-    if t.max_seqlen_q < MIN_QUERIES or q.shape[0] < MIN_QUERIES * sequences:
-        return f"its tiles are {MIN_QUERIES} query rows or more, the call has {q.shape[0]} for {sequences} sequences"
+    if t.max_seqlen_q < MIN_QUERIES or q.shape[0] < MIN_MEAN_QUERIES * sequences:
+        return f"it takes {MIN_MEAN_QUERIES} queries a sequence on average, the call has {q.shape[0]} for {sequences}"
     page = k_cache.shape[1]
     if page % MIN_BOX:
         return f"it takes block sizes in multiples of {MIN_BOX}, not {page}"

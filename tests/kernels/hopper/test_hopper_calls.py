@@ -5,7 +5,9 @@ import torch
 
 pytest.importorskip("triton", reason="the Hopper kernels are written in Triton's Gluon")
 
+from octavo.kernels.hopper import flash_bwd, flash_fwd, paged_prefill
 from octavo.kernels.hopper.flash_fwd import _descriptor, _readable_by_tma, refuses_flash_fwd
+from octavo.kernels.hopper.launch import integer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors
 
 CAUSAL = AttentionSpec(0.125, window_right=0)
@@ -81,3 +83,93 @@ def test_ragged_boxes_end_with_their_sequence(start, length, row):
         offset = (first * descriptor.strides[0] + (second + j) * descriptor.strides[1]) * x.element_size()
         if inside:
             assert descriptor.base.data_ptr() + offset == x[start + row + j].data_ptr()
+
+
+def backward_refusal(q, k, v, spec=CAUSAL, t=NO_TENSORS):
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return flash_bwd.refuses_flash_bwd(out, q, k, v, out, torch.zeros(2, 8, q.shape[1]), spec, t)
+
+
+@pytest.mark.parametrize("dims", [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+def test_backward_takes_the_head_sizes_of_models_and_any_length(dims):
+    assert backward_refusal(*qkv(*dims)) is None
+    assert backward_refusal(*qkv(*dims, rows=1)) is None
+    softcapped = AttentionSpec(0.125, window_left=127, window_right=0, softcap=30.0, deterministic=True)
+    assert backward_refusal(*qkv(*dims), softcapped, AttentionTensors(learnable_sink=torch.zeros(8))) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "spec", "t", "says"),
+    [
+        (qkv(dtype=torch.float32), CAUSAL, NO_TENSORS, "float32"),
+        (qkv(128, 64), CAUSAL, NO_TENSORS, "128/64"),
+        (qkv(), AttentionSpec(0.125, dropout_p=0.1), NO_TENSORS, "dropout_p"),
+        (qkv(), CAUSAL, AttentionTensors(attn_bias=torch.zeros(128, 64)), "attn_bias"),
+        (qkv(rows=0), CAUSAL, NO_TENSORS, "no queries"),
+    ],
+)
+def test_backward_refuses_the_rest_and_says_why(call, spec, t, says):
+    assert says in backward_refusal(*call, spec, t)
+
+
+def paged_refusal(new=(200, 100), page=16, num_splits=0, dtype=torch.bfloat16, **tensors):
+    q = torch.zeros(sum(new), 8, 128, dtype=torch.bfloat16)
+    cache = torch.zeros(40, page, 2, 128, dtype=dtype)
+    cu = torch.tensor([0, *new], dtype=torch.int32).cumsum(0).int()
+    t = AttentionTensors(
+        cu, max_seqlen_q=max(new), max_seqlen_k=300, seqused_k=torch.tensor([300] * len(new), dtype=torch.int32),
+        block_table=torch.zeros(len(new), 20, dtype=torch.int32), **tensors,
+    )  # fmt: skip
+    return paged_prefill.refuses_paged_attention(q, cache, cache, CAUSAL, t, num_splits)
+
+
+@pytest.mark.parametrize("page", [16, 32, 48, 64, 256])
+def test_paged_prefill_takes_chunks_over_pages_of_any_size_that_tma_can_box(page):
+    assert paged_refusal(page=page) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"new": (1, 1, 1)}, "on average"),
+        ({"new": (300, *[1] * 9)}, "on average"),
+        ({"page": 8}, "block sizes"),
+        ({"num_splits": 4}, "splits no keys"),
+        ({"dtype": torch.float32}, "q's dtype"),
+        ({"leftpad_k": torch.zeros(2, dtype=torch.int32)}, "leftpad_k"),
+    ],
+)
+def test_paged_prefill_leaves_the_rest_to_others(call, says):
+    assert says in paged_refusal(**call)
+
+
+def test_integers_are_told_apart_as_triton_does():
+    assert integer_key((1, 0, 16, 48, 17, 2**31)) == (1, 2, 2, 2, 0, 6)
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_launches_name_every_parameter_in_order(dims, varlen, monkeypatch):
+    """`launch` hands arguments over by position, as nothing checks later."""
+    launched = []
+
+    def check(kernel, grid, arguments, constants, key, **options):
+        names = [parameter.name for parameter in kernel.params]
+        assert len(names) == len(arguments) + len(constants)
+        assert names[len(arguments) :] == [name for name, _ in constants]
+        assert all(size > 0 for size in grid)
+        hash((constants, key))
+        launched.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(flash_fwd, "launch", check)
+    monkeypatch.setattr(flash_bwd, "launch", check)
+    monkeypatch.setattr(flash_fwd, "_processors", lambda device: 132)
+    q, k, v = qkv(*dims)
+    t = NO_TENSORS
+    if varlen:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        t = AttentionTensors(CU, CU, 100, 100)
+    out, lse = flash_fwd.flash_fwd(q, k, v, CAUSAL, t)
+    flash_bwd.flash_bwd(out, q, k, v, out, lse, CAUSAL, t, dlse=lse)
+    backward = "backward_wide_kernel" if dims[0] > 128 else "backward_kernel"
+    assert launched == ["flash_fwd_kernel", "prepare_kernel", backward, "finish_kernel"]

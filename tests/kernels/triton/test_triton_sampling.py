@@ -49,15 +49,15 @@ def few_rows(request, monkeypatch):
         {"min_p": 0.1},
         {"min_p": 1.0},
         {"top_k": 50, "top_p": 0.8, "min_p": 0.02, "temperature": 1.5},
-        {"top_k": 3000, "temperature": 5.0},  # more than what is gathered
+        {"top_k": 2200, "temperature": 5.0},
         {"top_p": 0.99, "temperature": 20.0},
-        {"top_k": 5000},
+        {"top_k": 2500},
     ],
     ids=str,
 )
 def test_the_reference_s_tokens(given):
-    logits = torch.randn(5, 4099) * 3
-    arguments = parameters(5, **given)
+    logits = torch.randn(3, 2500) * 3
+    arguments = parameters(3, **given)
     assert ours(logits, arguments).tolist() == expected(logits, arguments).tolist()
 
 
@@ -74,6 +74,15 @@ def test_each_row_has_its_own_parameters_and_none_depends_on_its_place():
     assert torch.equal(tokens, expected(logits, arguments))
     order = torch.randperm(rows)
     assert torch.equal(ours(logits[order], [x[order] for x in arguments]), tokens[order])
+
+
+def test_more_entries_than_can_be_gathered(monkeypatch):
+    """The search and the draw go over the whole row."""
+    monkeypatch.setattr(sampling, "CAPACITY", 64)
+    logits = torch.randn(2, 9000)
+    for given in ({"top_k": 300}, {"top_p": 0.9, "temperature": 2.0}):
+        arguments = parameters(2, **given)
+        assert torch.equal(ours(logits, arguments), expected(logits, arguments)), given
 
 
 def test_ties_masked_tokens_and_rows_that_do_not_fit_a_block():

@@ -26,6 +26,7 @@ Q_EMPTY = gl.constexpr(FIRST_BARRIER)
 G_EMPTY = gl.constexpr(FIRST_BARRIER + 3)
 DS_FULL = gl.constexpr(FIRST_BARRIER + 6)
 P_FULL = gl.constexpr(FIRST_BARRIER + 7)
+P_EMPTY = gl.constexpr(FIRST_BARRIER + 8)
 
 
 # --------------------------------------------------------------------------------------------- which blocks

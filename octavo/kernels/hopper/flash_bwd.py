@@ -1,10 +1,12 @@
 """Backward attention for Hopper (sm_90): dense and varlen, grouped heads, causal, sliding window, softcap, sinks.
 
-Three launches: δ and zeros for the sums of dQ; the products, with dK and dV in registers and dQ summed in fp32 by TMA
-(`backward_kernel`, for head sizes above 128 `backward_wide_kernel`); dQ scaled and in order. The sums of dQ come in any
-order, so its last bits differ between runs; with `deterministic` each query block's sums come in a fixed one.
+Head sizes up to 128 take three launches: δ and zeros for the sums of dQ; the products, with dK and dV in registers and
+dQ summed in fp32 by TMA (`backward_kernel`); dQ scaled and in order. The sums of dQ come in any order, so its last bits
+differ between runs; with `deterministic` each query block's sums come in a fixed one. Beside the gradients they need dQ
+in fp32 and one fp32 number for each query and head (δ).
 
-Beside the gradients it allocates dQ in fp32 and one fp32 number for each query and head (δ).
+Above 128 adding dQ up in memory is what would take the time. There dK and dV have a kernel (`dkdv_kernel`) and dQ has
+the Triton backend's, which computes S and dP once more; gradients repeat bit for bit, and δ is all it needs.
 """
 
 import math
@@ -14,9 +16,10 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from octavo.kernels.hopper import backward_kernel as narrow
-from octavo.kernels.hopper import backward_wide_kernel as wide
+from octavo.kernels.hopper.backward_kernel import backward_kernel
 from octavo.kernels.hopper.backward_rows import finish_kernel, prepare_kernel
+from octavo.kernels.hopper.backward_wide_kernel import backward_wide_kernel
+from octavo.kernels.hopper.dkdv_kernel import dkdv_kernel
 from octavo.kernels.hopper.flash_fwd import (
     LOG2E,
     WG_ROWS,
@@ -28,6 +31,8 @@ from octavo.kernels.hopper.flash_fwd import (
 )
 from octavo.kernels.hopper.launch import Constants, integer_key, launch, pointer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Gradients, Tensor
+from octavo.kernels.triton import flash_bwd as portable
+from octavo.kernels.triton.tiles import backward_tiles
 
 
 class Tile(NamedTuple):
@@ -38,18 +43,19 @@ class Tile(NamedTuple):
     block_m: int  # queries of one block
     q_stages: int  # blocks in the rings of Q and of dO, up to 3
     g_stages: int
-    sums_rows: int  # rows of 32 in one TMA box of dQ's sums
+    sums_rows: int  # rows of 32 in one TMA box of dQ's sums; 0: dQ is computed by a kernel of its own
     registers: int = 240  # of a consumer's thread
     max_registers: int = 168  # of all threads on average, which is what the launch asks for
 
 
 # by the widths of q and v in shared memory; measured on an H100, see docs/kernels/hopper_flash_bwd.md
 TILES = {
-    (64, 64): Tile(narrow.backward_kernel, 128, 128, 2, 2, 128),
-    (128, 128): Tile(narrow.backward_kernel, 128, 64, 2, 2, 128),
-    (256, 128): Tile(wide.backward_wide_kernel, 64, 64, 2, 2, 64),
-    (256, 256): Tile(wide.backward_wide_kernel, 64, 64, 2, 2, 64),
+    (64, 64): Tile(backward_kernel, 128, 128, 2, 2, 128),
+    (128, 128): Tile(backward_kernel, 128, 64, 2, 2, 128),
+    (256, 128): Tile(dkdv_kernel, 64, 64, 2, 2, 0),
+    (256, 256): Tile(dkdv_kernel, 64, 64, 2, 2, 0),
 }
+WIDE = Tile(backward_wide_kernel, 64, 64, 2, 2, 64)
 _SUMS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 
 
@@ -101,11 +107,23 @@ def flash_bwd(
     varlen = t.cu_seqlens_q is not None
     new = torch.zeros if varlen else torch.empty  # rows that belong to no sequence
     dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.zeros_like(lse) if varlen else torch.empty_like(lse)
-    sums = _allocate_sums(q, tile.block_m, _sizes(q, k, t)[0], varlen)
-    _prepare(out, dout, dlse, delta, sums, tile, _width(q.shape[-1]), t)
-    _multiply((dout, q, k, v, dk, dv), lse, delta, sums, tile, spec, t)
-    _finish(dq, sums, tile, spec.softmax_scale, t)
+    tensors = (dout, q, k, v, dk, dv)
+    if tile.sums_rows:
+        delta = torch.zeros_like(lse) if varlen else torch.empty_like(lse)
+        sums = _allocate_sums(q, tile.block_m, _sizes(q, k, t)[0], varlen)
+        _prepare(out, dout, dlse, delta, sums, tile, _width(q.shape[-1]), t)
+        _multiply(tensors, lse, delta, sums, tile, spec, t)
+        _finish(dq, sums, tile, spec.softmax_scale, t)
+    else:
+        call = portable._prepare(dout, q, k, v, lse, spec, t)
+        delta = call.inputs[-1]
+        if varlen:
+            delta.zero_()
+        portable._launch_delta(call, out, dout, dlse, t)
+        _multiply(tensors, lse, delta, None, tile, spec, t)
+        widths = (call.shapes["BLOCK_D"], call.shapes["BLOCK_DV"])
+        causal = spec.window_right >= 0
+        portable._launch_dq(call, backward_tiles(*widths, q.element_size(), True, causal, False).dq, dq, None)
     dsink = None if t.learnable_sink is None else _sink_gradient(t.learnable_sink, lse, delta)
     return Gradients(dq, dk, dv, dsink=dsink)
 
@@ -148,7 +166,7 @@ def _prepare(
 
 
 def _multiply(
-    tensors: tuple[Tensor, ...], lse: Tensor, delta: Tensor, sums: _Sums, tile: Tile, spec: AttentionSpec,
+    tensors: tuple[Tensor, ...], lse: Tensor, delta: Tensor, sums: _Sums | None, tile: Tile, spec: AttentionSpec,
     t: AttentionTensors,
 ) -> None:  # fmt: skip
     dout, q, k, v, dk, dv = tensors
@@ -156,23 +174,13 @@ def _multiply(
     batch, len_q, len_k = _sizes(q, k, t)
     heads_k = k.shape[-2]
     num_n = math.ceil(len_k / tile.block_n)
-    rows = WG_ROWS.value
-    turns = delta
-    if spec.deterministic:
-        turns = torch.zeros(2 * sums.data.shape[0] * q.shape[-2] * sums.head_tiles, dtype=torch.int32, device=q.device)
-    arguments = (
-        _descriptor(q, tile.block_m, varlen),
-        _descriptor(k, rows, varlen),
-        _descriptor(v, rows, varlen),
-        _descriptor(dout, tile.block_m, varlen),
-        _descriptor(dk, rows, varlen),
-        _descriptor(dv, rows, varlen),
-        _sums_descriptor(sums.data, tile.sums_rows),
-        lse,
-        delta,
-        lse if t.cu_seqlens_q is None else t.cu_seqlens_q,
-        lse if t.cu_seqlens_k is None else t.cu_seqlens_k,
-        turns,
+    descriptors = [_descriptor(x, rows, varlen) for rows, x in (
+        (tile.block_m, q), (WG_ROWS.value, k), (WG_ROWS.value, v), (tile.block_m, dout), (WG_ROWS.value, dk),
+        (WG_ROWS.value, dv),
+    )]  # fmt: skip
+    cu_q, cu_k = (lse if x is None else x for x in (t.cu_seqlens_q, t.cu_seqlens_k))
+    pointers = [lse, delta, cu_q, cu_k]
+    scalars = [
         len_q,
         len_k,
         num_n,
@@ -185,9 +193,7 @@ def _multiply(
         spec.softmax_scale,
         0 if varlen else lse.stride(0),
         lse.stride(-2),
-        sums.batch_tiles,
-        sums.head_tiles,
-    )
+    ]
     constants: Constants = (
         ("Q_STAGES", tile.q_stages),
         ("G_STAGES", tile.g_stages),
@@ -195,12 +201,22 @@ def _multiply(
         ("LEFT", spec.window_left >= 0),
         ("VARLEN", varlen),
         ("SOFTCAP", spec.softcap != 0),
-        ("IN_TURN", spec.deterministic),
-        ("REGS", tile.registers),
     )
-    key = (q.dtype, _width(q.shape[-1]), _width(v.shape[-1]), *(pointer_key(x) for x in arguments[7:12]))
+    if sums is not None:
+        descriptors.append(_sums_descriptor(sums.data, tile.sums_rows))
+        pointers.append(_turns(sums, q.shape[-2]) if spec.deterministic else lse)
+        scalars += [sums.batch_tiles, sums.head_tiles]
+        constants = (*constants, ("IN_TURN", spec.deterministic))
+    constants = (*constants, ("REGS", tile.registers))
+    key = (q.dtype, _width(q.shape[-1]), _width(v.shape[-1]), *(pointer_key(x) for x in pointers))
     grid = (num_n * heads_k * batch, 1, 1)
+    arguments = (*descriptors, *pointers, *scalars)
     launch(tile.kernel, grid, arguments, constants, key, num_warps=4, maxnreg=tile.max_registers)
+
+
+def _turns(sums: _Sums, heads: int) -> Tensor:
+    """Counters of the key blocks that have added to a query block, one for each warpgroup's share of it."""
+    return torch.zeros(2 * sums.data.shape[0] * heads * sums.head_tiles, dtype=torch.int32, device=sums.data.device)
 
 
 def _finish(dq: Tensor, sums: _Sums, tile: Tile, scale: float, t: AttentionTensors) -> None:

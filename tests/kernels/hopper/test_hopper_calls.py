@@ -164,6 +164,8 @@ def test_launches_name_every_parameter_in_order(dims, varlen, monkeypatch):
     monkeypatch.setattr(flash_fwd, "launch", check)
     monkeypatch.setattr(flash_bwd, "launch", check)
     monkeypatch.setattr(flash_fwd, "_processors", lambda device: 132)
+    for name in ("_launch_delta", "_launch_dq"):
+        monkeypatch.setattr(flash_bwd.portable, name, lambda *arguments, name=name: launched.append(name))
     q, k, v = qkv(*dims)
     t = NO_TENSORS
     if varlen:
@@ -171,5 +173,6 @@ def test_launches_name_every_parameter_in_order(dims, varlen, monkeypatch):
         t = AttentionTensors(CU, CU, 100, 100)
     out, lse = flash_fwd.flash_fwd(q, k, v, CAUSAL, t)
     flash_bwd.flash_bwd(out, q, k, v, out, lse, CAUSAL, t, dlse=lse)
-    backward = "backward_wide_kernel" if dims[0] > 128 else "backward_kernel"
-    assert launched == ["flash_fwd_kernel", "prepare_kernel", backward, "finish_kernel"]
+    narrow = ["prepare_kernel", "backward_kernel", "finish_kernel"]
+    wide = ["_launch_delta", "dkdv_kernel", "_launch_dq"]
+    assert launched == ["flash_fwd_kernel", *(wide if dims[0] > 128 else narrow)]

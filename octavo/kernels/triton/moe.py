@@ -72,6 +72,7 @@ def route_kernel(
     weight = tl.zeros((BLOCK_K,), tl.float32)
     for j in tl.static_range(TOP_K):
         _, best = _best(choice, e)
+        best = tl.minimum(best, NUM_EXPERTS - 1)  # of NaN none is the largest: an expert's number all the same
         picked = tl.where(place == j, best, picked)
         weight = tl.where(place == j, tl.sum(tl.where(e == best, scores, 0.0), 0), weight)
         choice = tl.where(e == best, float("-inf"), choice)

@@ -177,6 +177,13 @@ def test_equal_scores_go_to_the_lower_expert():
     assert experts.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_nan_picks_experts_that_exist():
+    """Else the products would read memory that is not theirs."""
+    _, experts = moe.route(torch.full((2, 10), torch.nan), None, Routing(3, "softmax", 1, 1, False, 1.0))
+    assert bool(((experts >= 0) & (experts < 10)).all())
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(1, 3, 5), (6, 2, 9), (1, 1, 1)])
 def test_mix_of_few_pairs(tokens, top_k, num_experts, shared):

@@ -62,7 +62,7 @@ def test_the_reference_s_tokens(given):
 
 
 def test_each_row_has_its_own_parameters_and_none_depends_on_its_place():
-    rows = 15
+    rows = 8
     logits = torch.randn(rows, 1000) * 3
     arguments = parameters(
         rows,
@@ -74,6 +74,13 @@ def test_each_row_has_its_own_parameters_and_none_depends_on_its_place():
     assert torch.equal(tokens, expected(logits, arguments))
     order = torch.randperm(rows)
     assert torch.equal(ours(logits[order], [x[order] for x in arguments]), tokens[order])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_nan_draws_a_token_of_the_vocabulary():
+    logits = torch.full((2, 100), torch.nan)
+    for given in ({}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}):
+        assert (ours(logits, parameters(2, **given)) < 100).all()
 
 
 def test_more_entries_than_can_be_gathered(monkeypatch):

@@ -5,7 +5,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from octavo.kernels.cpu.jit import cpu
+from octavo.kernels.cpu.jit import cpu, lacks
 from octavo.kernels.cpu.sequences import Index, Sequence
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 
@@ -19,6 +19,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: AttentionTens
     """Whether this is a large call whose options the compiled kernels have: windows, softcap, sinks."""
     options = (t.leftpad_k, t.qv, t.alibi_slopes, t.attn_bias)
     if q.dtype not in TYPES or spec.dropout_p or any(option is not None for option in options):
+        return False
+    if q.dtype == torch.float16 and lacks("f16c"):
         return False
     if q.shape[-1] % 32 or v.shape[-1] % 32 or max(q.shape[-1], v.shape[-1]) > 256:
         return False

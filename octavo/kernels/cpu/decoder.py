@@ -3,8 +3,8 @@
 A layer is a dozen small operations; through torch each costs 5 to 20 µs of dispatch, which for one token is more than
 the arithmetic. Here the whole stack is one kernel call: its phases are those of quant_linear.py and
 paged_attention.py plus the small ones between (norm, rotary embedding and cache write, SwiGLU), each ended by a
-barrier of about 0.3 µs. Norm and SwiGLU quantise their results for the product that follows, so those never go
-through memory in fp32.
+barrier of about 0.3 µs. Norm and SwiGLU round their results for the product that follows, so those never go
+through memory in fp32; nor do gate and up, which are multiplied and activated tile by tile.
 """
 
 import functools
@@ -16,7 +16,7 @@ import torch
 
 from octavo.kernels.cpu.jit import Kernel, lacks
 from octavo.kernels.cpu.paged_attention import TYPES, attention_arguments, scratch_bytes
-from octavo.kernels.cpu.quant_linear import GROUP, workspace_bytes
+from octavo.kernels.cpu.quant_linear import GROUP, MAX_TOKENS, workspace_bytes
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 
 LAYER_FIELDS = 24  # int64 slots of one layer: 4 norms, 4 linears of 4, keys, values, window, 1 spare
@@ -103,26 +103,25 @@ def decoder_stack(
     """
     tokens, threads = hidden.shape[0], torch.get_num_threads()
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    widest = max(shape.hidden_size, heads * head_dim, shape.intermediate_size)
     out = torch.empty_like(hidden)
     qkv = torch.empty(tokens, heads + 2 * kv_heads, head_dim)
     attended = torch.zeros(tokens, heads, head_dim)
-    gate_up = torch.empty(tokens, 2 * shape.intermediate_size)
-    workspace = torch.empty(workspace_bytes(tokens, widest // GROUP), dtype=torch.uint8)
-    # of each thread: one row in fp32, a copy of the attention's arguments, its scratch
-    row_bytes = 4 * widest + 512
+    widths = shape.intermediate_size, max(shape.hidden_size, heads * head_dim)
+    activated, rounded = (torch.empty(workspace_bytes(tokens, w // GROUP), dtype=torch.uint8) for w in widths)
+    # of each thread: a copy of the attention's arguments, one row in fp32 or a tile of gate and up, attention's scratch
+    row_bytes = 512 + 4 * max(shape.hidden_size, MAX_TOKENS * 2 * GROUP)
     scratch = torch.empty(threads, row_bytes + scratch_bytes(head_dim, head_dim), dtype=torch.uint8)
     spec = AttentionSpec(shape.softmax_scale, -1, 0)
     q = qkv[:, :heads]
     attention, keep = attention_arguments(q, k_cache, v_cache, spec, t, attended, None, scratch[:, row_bytes:])
     packed = torch.frombuffer(bytearray(attention), dtype=torch.int64)
-    assert len(packed) * 8 <= 512
+    assert len(packed) * 8 <= 448
     kernel = _kernel(head_dim, shape.bits, shape.has_mins, shape.wide_scales, TYPES[k_cache.dtype])
     kernel(
         *(hidden.data_ptr(), tokens, len(table), table.data_ptr(), final_norm.data_ptr(), out.data_ptr()),
         *(shape.hidden_size, shape.intermediate_size, heads, kv_heads, shape.zero_point),
         *(cos.data_ptr(), sin.data_ptr(), cos.shape[1], slot_mapping.data_ptr()),
-        *(qkv.data_ptr(), attended.data_ptr(), gate_up.data_ptr(), workspace.data_ptr()),
+        *(qkv.data_ptr(), attended.data_ptr(), activated.data_ptr(), rounded.data_ptr()),
         *(scratch.data_ptr(), scratch.stride(0), packed.data_ptr(), len(packed), row_bytes),
         float(shape.rms_norm_eps),
         threads=threads,

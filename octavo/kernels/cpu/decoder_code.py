@@ -7,7 +7,7 @@ from numba.core import cgutils
 from octavo.kernels.cpu.decoder import LAYER_FIELDS
 from octavo.kernels.cpu.jit import HEADER
 from octavo.kernels.cpu.paged_attention_code import make_attention, make_store_row
-from octavo.kernels.cpu.quant_linear_code import make_phases
+from octavo.kernels.cpu.quant_linear_code import make_multiply, make_quantize, tile_size
 from octavo.kernels.cpu.simd import (
     F32,
     I64,
@@ -103,56 +103,62 @@ def make_rotate_and_store(head_dim, kv_type):
     return rotate_and_store
 
 
-def make_row_phases(quantize_one):
-    """(normalize, activate): what happens to rows between the products, ending in quantised rows."""
+def make_mlp_and_rows(bits, has_mins, wide_scales):
+    """(normalize, gate_and_up, round_rows, product): what ends in rounded rows, and the product that takes them."""
+    quantize, (multiply_tile, multiply) = make_quantize(has_mins), make_multiply(bits, has_mins, wide_scales)
 
     @_jit
     def normalize(p, weight, row, me, threads):
-        """The norm of this thread's rows of hidden, quantised."""
+        """The norm of this thread's rows of hidden."""
         tokens, width = int_argument(p, 1), int_argument(p, 6)
         first, last = share(tokens, me, threads)
         for t in range(first, last):
             rms_norm((int_argument(p, 0) + 4 * t * width, weight, width, row - 64, row))
-            quantize_one(row, t, tokens, width // 32, int_argument(p, 10), int_argument(p, 18))
+            quantize(row, width // 32, t, 0, tokens, width // 32, int_argument(p, 10), int_argument(p, 18))
 
     @_jit
-    def activate(p, row, me, threads):
-        """SwiGLU of this thread's rows, quantised."""
-        tokens, width = int_argument(p, 1), int_argument(p, 7)
+    def round_rows(p, x, width, me, threads):
+        """This thread's rows of x."""
+        tokens = int_argument(p, 1)
         first, last = share(tokens, me, threads)
         for t in range(first, last):
-            gate = int_argument(p, 17) + 8 * t * width
-            swiglu((gate, gate + 4 * width, width, row))
-            quantize_one(row, t, tokens, width // 32, int_argument(p, 10), int_argument(p, 18))
+            row = x + 4 * t * width
+            quantize(row, width // 32, t, 0, tokens, width // 32, int_argument(p, 10), int_argument(p, 18))
 
-    return normalize, activate
+    @_jit
+    def gate_and_up(p, linear, row, me, threads):
+        """SwiGLU of this thread's groups of 32 columns, tile by tile of tokens: gate and up stay in the L1 cache."""
+        w, tokens, inner, source = i64(linear), int_argument(p, 1), int_argument(p, 7), int_argument(p, 18)
+        groups = int_argument(p, 6) // 32
+        first, last = share(inner // 32, me, threads)
+        for group in range(first, last):
+            t = 0
+            while t < tokens:
+                size = tile_size(tokens - t)
+                for half in range(2):
+                    block = 2 * group + half * inner // 16
+                    out = row + 128 * half
+                    multiply_tile(t, size, source, tokens, groups, block, w[0], w[1], w[2], w[3], out, 256, 0)
+                for i in range(size):
+                    gate = row + 256 * i
+                    swiglu((gate, gate + 128, 32, gate))
+                    quantize(gate, 1, t + i, group, tokens, inner // 32, int_argument(p, 10), int_argument(p, 17))
+                t += size
+
+    @_jit
+    def product(p, linear, workspace, in_features, out_features, out, accumulate, me, threads):
+        """out (+)= the rounded activations times the linear whose four addresses are at `linear`."""
+        w, tokens, groups, blocks = i64(linear), int_argument(p, 1), in_features // 32, out_features // 16
+        multiply(me, threads, workspace, tokens, groups, blocks, w[0], w[1], w[2], w[3], out, accumulate)
+
+    return normalize, round_rows, gate_and_up, product
 
 
 def make_run_layer(head_dim, bits, has_mins, wide_scales, kv_type):
     """One layer, a barrier after each phase."""
-    quantize, multiply, quantize_one = make_phases(bits, has_mins, wide_scales)
-    normalize, activate = make_row_phases(quantize_one)
+    normalize, round_rows, gate_and_up, product = make_mlp_and_rows(bits, has_mins, wide_scales)
     attend_items = make_attention(head_dim, head_dim, "f32", kv_type)
     rotate_and_store = make_rotate_and_store(head_dim, kv_type)
-
-    @_jit
-    def product(p, linear, in_features, out_features, out, accumulate, me, threads):
-        """out (+)= the quantised activations times the linear whose four addresses are at `linear`."""
-        w = i64(linear)
-        multiply(
-            me,
-            threads,
-            int_argument(p, 18),
-            int_argument(p, 1),
-            in_features // 32,
-            out_features // 16,
-            w[0],
-            w[1],
-            w[2],
-            w[3],
-            out,
-            accumulate,
-        )
 
     @_jit
     def attend(p, layer, attention, me, threads):
@@ -165,29 +171,28 @@ def make_run_layer(head_dim, bits, has_mins, wide_scales, kv_type):
 
     @_jit
     def run_layer(p, layer, attention, row, me, threads):
-        hidden, tokens, width, inner = int_argument(p, 0), int_argument(p, 1), int_argument(p, 6), int_argument(p, 7)
+        hidden, width, inner, rounded = int_argument(p, 0), int_argument(p, 6), int_argument(p, 7), int_argument(p, 18)
         heads, kv_heads = int_argument(p, 8), int_argument(p, 9)
-        qkv, attended, gate_up = int_argument(p, 15), int_argument(p, 16), int_argument(p, 17)
+        qkv, attended, activated = int_argument(p, 15), int_argument(p, 16), int_argument(p, 17)
         attended_width = heads * head_dim
         normalize(p, i64(layer)[0], row, me, threads)
         barrier(p)
-        product(p, layer + 8 * 4, width, attended_width + 2 * kv_heads * head_dim, qkv, 0, me, threads)
+        qkv_width = attended_width + 2 * kv_heads * head_dim
+        product(p, layer + 8 * 4, rounded, width, qkv_width, qkv, 0, me, threads)
         barrier(p)
         rotate_and_store(p, layer, attention, row, me, threads)
         barrier(p)
         attend(p, layer, attention, me, threads)
         barrier(p)
-        quantize(me, threads, attended, tokens, attended_width // 32, int_argument(p, 10), int_argument(p, 18))
+        round_rows(p, attended, attended_width, me, threads)
         barrier(p)
-        product(p, layer + 8 * 8, attended_width, width, hidden, 1, me, threads)
+        product(p, layer + 8 * 8, rounded, attended_width, width, hidden, 1, me, threads)
         barrier(p)
         normalize(p, i64(layer)[1], row, me, threads)
         barrier(p)
-        product(p, layer + 8 * 12, width, 2 * inner, gate_up, 0, me, threads)
+        gate_and_up(p, layer + 8 * 12, row, me, threads)
         barrier(p)
-        activate(p, row, me, threads)
-        barrier(p)
-        product(p, layer + 8 * 16, inner, width, hidden, 1, me, threads)
+        product(p, layer + 8 * 16, activated, inner, width, hidden, 1, me, threads)
         barrier(p)
 
     return run_layer

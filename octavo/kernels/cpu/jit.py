@@ -1,8 +1,8 @@
 """Python compiled to machine code once, kept on disk, and run on torch's own OpenMP threads.
 
 A kernel is a Python function of one address, that of its arguments (int64 and float64 side by side). Numba compiles
-it; the object code is kept under `cache_dir()`, by a key made of the sources of this folder, the compilers' versions
-and the CPU's name and features, so that another CPU, or a changed kernel, never meets old code. A warm start loads
+it; the object code is kept under `cache_dir()`, by a key made of the kernel's sources, the compilers' versions and the
+CPU's name and features, so that another CPU, or a changed kernel, never meets old code. A warm start loads
 the object with llvmlite alone: importing Numba would take 0.6 s.
 
 Every kernel runs inside one parallel region of the OpenMP runtime that torch has already started (libgomp, or libomp
@@ -11,6 +11,7 @@ under its GNU names): a second pool would fight torch's for the cores, and a reg
 thread. Numba's own settings NUMBA_CPU_NAME and NUMBA_CPU_FEATURES choose the target CPU here too.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import struct
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from importlib.metadata import version
 import llvmlite.binding as llvm
 import torch
 
+KEPT = 4  # objects of a kernel: for other CPUs or environments that share the folder; every change makes a new one
 HEADER = 3  # int64 slots before a kernel's own arguments: addresses of the runtime's functions
 _lock = threading.RLock()
 
@@ -130,22 +133,38 @@ def lacks(feature: str) -> bool:
 
 
 @functools.cache
-def _environment() -> str:
+def _environment(source: str) -> str:
     """All that compiled code depends on but its name: sources, compilers, CPU."""
-    here = pathlib.Path(__file__).parent
-    sources = b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))
     name, features = cpu()
-    parts = [hashlib.sha256(sources).hexdigest(), version("numba"), version("llvmlite"), platform.python_version()]
+    parts = [
+        hashlib.sha256(_sources(source)).hexdigest(),
+        version("numba"),
+        version("llvmlite"),
+        platform.python_version(),
+    ]
     return " ".join([*parts, platform.machine(), sys.platform, name, *sorted(features)])
 
 
+def _sources(path: str) -> bytes:
+    """The file at `path` and all files of this folder that it names, at any remove."""
+    here, seen, ahead = pathlib.Path(__file__).parent, {}, {pathlib.Path(path), pathlib.Path(__file__)}
+    while ahead:
+        file = ahead.pop()
+        seen[file.name] = file.read_bytes()
+        named = re.findall(rb"octavo\.kernels\.cpu\.(\w+)", seen[file.name])
+        ahead |= {here / f"{module.decode()}.py" for module in named if f"{module.decode()}.py" not in seen}
+    return b"".join(seen[name] for name in sorted(seen))
+
+
 def _load(name: str, build: Callable[[], Callable[[int], None]]) -> int:
-    key = hashlib.sha256(f"{name} {_environment()}".encode()).hexdigest()[:32]
+    environment = _environment(build.__code__.co_filename)
+    key = hashlib.sha256(f"{name} {environment}".encode()).hexdigest()[:32]
     path = cache_dir() / f"{name}-{key}.o"
     code = _read(path)
     if code is None:
         code = _compile(name, build())
         _write(path, code)
+        _prune(path.parent, name)
     return _link(code)
 
 
@@ -153,6 +172,8 @@ def _read(path: pathlib.Path) -> bytes | None:
     """Object code after the digest that proves it whole; None when absent or damaged."""
     try:
         content = path.read_bytes()
+        with contextlib.suppress(OSError):  # a folder that is only read
+            os.utime(path)
     except OSError:
         return None
     return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
@@ -167,6 +188,14 @@ def _write(path: pathlib.Path, code: bytes) -> None:
         os.replace(file.name, path)
     except OSError as error:
         print(f"octavo: cannot keep compiled kernels in {path.parent}: {error}", file=sys.stderr)
+
+
+def _prune(folder: pathlib.Path, name: str) -> None:
+    """Removes all objects of the kernel but the `KEPT` that were used last."""
+    with contextlib.suppress(OSError):  # another process may be doing the same
+        objects = sorted(folder.glob(f"{name}-{'?' * 32}.o"), key=lambda p: p.stat().st_mtime)
+        for old in objects[:-KEPT]:
+            old.unlink()
 
 
 def _compile(name: str, function: Callable[[int], None]) -> bytes:

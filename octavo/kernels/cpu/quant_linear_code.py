@@ -146,71 +146,81 @@ def _make_pair_of_blocks(kind):
     return multiply
 
 
-def make_phases(bits, has_mins, wide_scales):
-    """(quantize, multiply, quantize_one): the halves of a linear layer, shared by a region's threads, and one row's."""
-    code_bytes, scale_bytes = 64 * bits, ROWS * (4 if wide_scales else 2)
-    kind = (bits, has_mins, wide_scales)
-    pair_of_blocks, edge = _make_pair_of_blocks(kind), make_tile(1, 1, *kind)
+@njit(error_model="numpy")
+def tile_size(tokens):
+    """Of the next tile when so many tokens are left."""
+    size = 1
+    while 2 * size <= min(tokens, MAX_TOKENS):
+        size *= 2
+    return size
+
+
+def make_quantize(has_mins):
+    """quantize(row, count, token, group, tokens, groups, zero_point, workspace): `count` groups of a row of fp32 into
+    the workspace, beginning at this token's `group`."""
     mins_flag = 1 if has_mins else 0
 
     @njit(error_model="numpy")
-    def quantize_one(row, t, tokens, groups, zero_point, workspace):
-        """Token t's row of fp32 into the workspace."""
-        scales = workspace + tokens * groups * 2 * GROUP + t * groups * 4
+    def quantize(row, count, token, group, tokens, groups, zero_point, workspace):
+        at = token * groups + group
+        scales = workspace + tokens * groups * 2 * GROUP + at * 4
         sums = scales + tokens * groups * 4
-        quantize_row((row, groups, workspace + t * groups * 2 * GROUP, scales, sums, zero_point, mins_flag))
+        quantize_row((row, count, workspace + at * 2 * GROUP, scales, sums, zero_point, mins_flag))
+
+    return quantize
+
+
+def make_multiply(bits, has_mins, wide_scales):
+    """(multiply_tile, multiply): a few tokens' products with a pair of row blocks; this thread's share of all."""
+    code_bytes, scale_bytes = 64 * bits, ROWS * (4 if wide_scales else 2)
+    kind = (bits, has_mins, wide_scales)
+    pair_of_blocks, edge = _make_pair_of_blocks(kind), make_tile(1, 1, *kind)
 
     @njit(error_model="numpy")
-    def quantize(me, threads, x, tokens, groups, zero_point, workspace):
-        first, last = share(tokens, me, threads)
-        for t in range(first, last):
-            quantize_one(x + t * groups * GROUP * 4, t, tokens, groups, zero_point, workspace)
+    def multiply_tile(t, size, workspace, tokens, groups, block, codes, scales, mins, bias, out, stride, accumulate):
+        """out (size, 32) of tokens t to t + size and of row blocks `block` and the next; or (1, 16) when size is 0."""
+        act_scales = workspace + tokens * groups * 2 * GROUP + t * groups * 4
+        act = (workspace + t * groups * 2 * GROUP, act_scales, act_scales + tokens * groups * 4, groups)
+        w = codes + block * groups * code_bytes
+        s = scales + block * groups * scale_bytes
+        m = mins + block * groups * scale_bytes
+        bias_at = bias + block * 64 if bias != 0 else 0
+        first = (w, s, m, *act, bias_at, out, stride, accumulate)
+        if size == 0:
+            edge(first)
+            return
+        w, s, m = w + groups * code_bytes, s + groups * scale_bytes, m + groups * scale_bytes
+        bias_at = bias_at + 64 if bias != 0 else 0
+        pair_of_blocks(size, first, (w, s, m, *act, bias_at, out + 64, stride, accumulate))
 
     @njit(error_model="numpy")
     def multiply(me, threads, workspace, tokens, groups, row_blocks, codes, scales, mins, bias, out, accumulate):
-        act_scales = workspace + tokens * groups * 2 * GROUP
-        act_sums = act_scales + tokens * groups * 4
         stride = row_blocks * ROWS * 4
         first, last = share((row_blocks + 1) // 2, me, threads)
-        for pair in range(first, last):
-            block = 2 * pair
-            w = codes + block * groups * code_bytes
-            s = scales + block * groups * scale_bytes
-            m = mins + block * groups * scale_bytes
-            bias_at = bias + block * 64 if bias != 0 else 0
-            next_bias = bias_at + 64 if bias != 0 else 0
+        for block in range(2 * first, 2 * last, 2):
             t = 0
             while t < tokens:
-                a, g = workspace + t * groups * 2 * GROUP, t * groups * 4
+                size = tile_size(tokens - t) if block + 1 < row_blocks else 0
                 o = out + t * stride + block * 64
-                rest = (a, act_scales + g, act_sums + g, groups)
-                one = (w, s, m, *rest, bias_at, o, stride, accumulate)
-                if block + 1 == row_blocks:
-                    edge(one)
-                    t += 1
-                    continue
-                size = 1
-                while 2 * size <= min(tokens - t, MAX_TOKENS):
-                    size *= 2
-                two = (
-                    *(w + groups * code_bytes, s + groups * scale_bytes, m + groups * scale_bytes, *rest),
-                    *(next_bias, o + 64, stride, accumulate),
+                multiply_tile(
+                    t, size, workspace, tokens, groups, block, codes, scales, mins, bias, o, stride, accumulate
                 )
-                pair_of_blocks(size, one, two)
-                t += size
+                t += max(size, 1)
 
-    return quantize, multiply, quantize_one
+    return multiply_tile, multiply
 
 
 def make_kernel(bits, has_mins, wide_scales):
-    quantize, multiply, _ = make_phases(bits, has_mins, wide_scales)
+    quantize, (_, multiply) = make_quantize(has_mins), make_multiply(bits, has_mins, wide_scales)
 
     def kernel(p):
         me, threads = thread(p), num_threads(p)
         x, tokens, groups, row_blocks = int_argument(p, 0), int_argument(p, 1), int_argument(p, 2), int_argument(p, 3)
         codes, scales, mins, zero_point = int_argument(p, 4), int_argument(p, 5), int_argument(p, 6), int_argument(p, 7)
         bias, out, workspace = int_argument(p, 8), int_argument(p, 9), int_argument(p, 10)
-        quantize(me, threads, x, tokens, groups, zero_point, workspace)
+        first, last = share(tokens, me, threads)
+        for t in range(first, last):
+            quantize(x + t * groups * GROUP * 4, groups, t, 0, tokens, groups, zero_point, workspace)
         barrier(p)
         multiply(me, threads, workspace, tokens, groups, row_blocks, codes, scales, mins, bias, out, 0)
 

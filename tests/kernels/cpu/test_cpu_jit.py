@@ -62,3 +62,24 @@ def test_an_unwritable_folder_is_reported_not_fatal(tmp_path: pathlib.Path) -> N
     (tmp_path / "file").touch()
     _, _, messages = run(Q4_1, tmp_path / "file")
     assert "cannot keep compiled kernels" in messages
+
+
+def test_of_each_kernel_the_last_used_objects_stay(tmp_path: pathlib.Path) -> None:
+    names = [f"quant-linear-4m16-{digit * 32}.o" for digit in "0123456"]
+    for age, name in enumerate([*names, f"quant-linear-8z16-{'0' * 32}.o"]):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    run(Q4_1, tmp_path)
+    kept = {p.name for p in tmp_path.iterdir()}
+    assert len(kept) == 4 + 1
+    assert {*names[:3], f"quant-linear-8z16-{'0' * 32}.o"} < kept
+
+
+def test_a_kernel_is_made_of_its_own_sources() -> None:
+    from octavo.kernels.cpu import jit, paged_attention, quant_linear
+
+    linear, attention = (jit._sources(module.__file__) for module in (quant_linear, paged_attention))
+    for needed in ("quant_linear.py", "quant_linear_code.py", "simd.py", "jit.py"):
+        assert (pathlib.Path(jit.__file__).parent / needed).read_bytes() in linear
+    assert b"def make_attention" in attention
+    assert b"def make_attention" not in linear

@@ -15,7 +15,8 @@ A backend module exposes any of these functions under these names; `octavo.ops.d
     rotary_cache.rotate_and_store(qkv, num_heads, rotary, norm, k_cache, v_cache, slot_mapping) -> q
     linear_small_batch.linear_small_batch(x, weight, bias, norm, activation, residual, out_dtype) -> out
     moe.route(logits, bias, routing) -> (weights, experts)
-    moe.mix_experts(x, weights, experts, gate_up, down, activation, shared) -> out
+    moe.mix_experts(x, weights, experts, gate_up, down, activation, shared, shared_gate_up=None, shared_down=None)
+        -> out
     sampling.sample_on_device(logits, temperature, top_k, top_p, min_p, seeds, positions, truncates) -> tokens
     mla_projection.absorb_and_store(latent, q, up_k, norm_weight, eps, rotary, kv_cache, slot_mapping) -> q_absorbed
     mla_projection.project_values(x, up_v) -> out

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from octavo.nn.mlp import GatedMLP
 from octavo.nn.norm import RMSNorm
 from octavo.ops.gated_activation import check_activation
-from octavo.ops.moe import Routing, mix_experts, route, router_logits
+from octavo.ops.moe import Routing, few_pairs, mix_experts, route, router_logits
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -118,10 +118,30 @@ class Experts(nn.Module):
         self.gate_up_proj = ExpertLinear(num_experts, dim, 2 * hidden_dim, device=device, dtype=dtype)
         self.down_proj = ExpertLinear(num_experts, hidden_dim, dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, shared: Tensor | None = None) -> Tensor:
-        """x, shared (T, dim), weights (T, k) fp32, experts (T, k) int64; returns (T, dim), summed in at least fp32."""
-        gate_up, down = self.gate_up_proj.weight, self.down_proj.weight
-        return mix_experts(x, weights, experts, gate_up, down, activation=self.activation, shared=shared)
+    def forward(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        shared: Tensor | None = None,
+        shared_gate_up: Tensor | None = None,
+        shared_down: Tensor | None = None,
+    ) -> Tensor:
+        """x, shared (T, dim), weights (T, k) fp32, experts (T, k) int64; returns (T, dim), summed in at least fp32.
+
+        shared is added; shared_gate_up and shared_down are those of an MLP of x that is added, too.
+        """
+        return mix_experts(
+            x,
+            weights,
+            experts,
+            self.gate_up_proj.weight,
+            self.down_proj.weight,
+            activation=self.activation,
+            shared=shared,
+            shared_gate_up=shared_gate_up,
+            shared_down=shared_down,
+        )
 
 
 class MixtureOfExperts(nn.Module):
@@ -135,7 +155,18 @@ class MixtureOfExperts(nn.Module):
         """norm: of x, first; residual: joins the result, and may be overwritten by it, as in `Linear`."""
         tokens = (x if norm is None else norm(x)).flatten(0, -2)
         shared = None if residual is None else residual.flatten(0, -2)
-        if self.shared_experts is not None:
-            shared = self.shared_experts(tokens, residual=shared)
+        mlp = self.shared_experts
+        if mlp is not None and self._joins_pairs(mlp, tokens):
+            weights = mlp.gate_up_proj.weight, mlp.down_proj.weight
+            joined: Tensor = self.experts(tokens, *self.router(tokens), shared, *weights)
+            return joined.view(x.shape)
+        if mlp is not None:
+            shared = mlp(tokens, residual=shared)
         mixed: Tensor = self.experts(tokens, *self.router(tokens), shared)
         return mixed.view(x.shape)
+
+    def _joins_pairs(self, mlp: GatedMLP, tokens: Tensor) -> bool:
+        """Whether the shared MLP is computed in the experts' own kernels here."""
+        names = [name for name, _ in mlp.named_parameters()]  # quantised weights are none; a bias would be one
+        plain = names == ["gate_up_proj.weight", "down_proj.weight"] and mlp.activation_name == self.experts.activation
+        return plain and few_pairs(tokens, len(tokens) * self.router.routing.top_k)

@@ -16,6 +16,8 @@ from octavo.ops.checks import check_shape
 from octavo.ops.gated_activation import check_activation
 from octavo.ops.linear_small_batch import MOST_ROWS, linear_small_batch
 
+MOST_PAIRS = 32  # as the GPU's kernels have it
+
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """x (T, D) times weight (E, D), summed and returned in at least fp32: rounded logits would change the choice."""
@@ -50,11 +52,14 @@ def mix_experts(
     *,
     activation: str = "silu",
     shared: Tensor | None = None,
+    shared_gate_up: Tensor | None = None,
+    shared_down: Tensor | None = None,
 ) -> Tensor:
     """Σ_j weights[t, j] · down_e(act(gate_e(x_t)) · up_e(x_t)) with e = experts[t, j] (+ shared[t]); returns (T, D).
 
     x, shared (T, D); weights (T, k) fp32, experts (T, k) int64; gate_up (E, 2·H, D), gate's rows first; down (E, D, H).
-    Summed in at least fp32, rounded once. Differentiable.
+    shared_gate_up (2·S, D), shared_down (D, S): an MLP that every token goes through, added; worth fusing where
+    `few_pairs` says so. Summed in at least fp32, rounded once. Differentiable.
     """
     check_activation(activation)
     num_experts, rows, dim = gate_up.shape
@@ -64,6 +69,16 @@ def mix_experts(
     check_shape("weights", weights, tuple(experts.shape))
     if shared is not None:
         check_shape("shared", shared, tuple(x.shape))
-    arguments = (x, weights, experts, gate_up, down, activation, shared)
-    result = inference.run("mix_experts", reference.mix_experts, arguments, weights, gate_up, down, shared)
-    return cast(Tensor, result)
+    if (shared_gate_up is None) != (shared_down is None):
+        raise ValueError("shared_gate_up, shared_down: expected both or neither")
+    if shared_gate_up is not None and shared_down is not None:
+        check_shape("shared_gate_up", shared_gate_up, ("2·S", dim))
+        check_shape("shared_down", shared_down, (dim, shared_gate_up.shape[0] // 2))
+    arguments = (x, weights, experts, gate_up, down, activation, shared, shared_gate_up, shared_down)
+    leaves = (weights, gate_up, down, shared, shared_gate_up, shared_down)
+    return cast(Tensor, inference.run("mix_experts", reference.mix_experts, arguments, *leaves))
+
+
+def few_pairs(x: Tensor, num_pairs: int) -> bool:
+    """Whether `mix_experts` computes these (token, expert) pairs each on its own, where the shared MLP joins them."""
+    return num_pairs <= MOST_PAIRS and inference.fuses(x)

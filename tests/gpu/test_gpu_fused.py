@@ -153,6 +153,15 @@ def test_mixture_of_experts(tokens):
     assert torch.equal(out, op(x, *tensors, shared))
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 8, 9])
+def test_the_shared_mlp_joins_few_pairs(tokens):
+    """Up to 8 tokens of 4 experts its weights go through the experts' kernels; the module adds the residual, too."""
+    module, x, residual = mixture(), randn(tokens, 512), randn(tokens, 512)
+    got = module(x, residual=residual.clone())
+    expected = residual.double() + module.shared_experts(x).double() + module.experts(x, *module.router(x)).double()
+    torch.testing.assert_close(got.double(), expected, atol=3e-2, rtol=1e-2)
+
+
 def test_all_tokens_on_one_expert():
     experts = mixture().experts
     x, weights = randn(200, 512), torch.ones(200, 1, device=DEVICE)

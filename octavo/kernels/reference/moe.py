@@ -34,17 +34,19 @@ def _within_best_groups(choice: Tensor, biased: bool, routing: Routing) -> Tenso
 
 
 def refuses_mix_experts(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None
-) -> str | None:
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None,
+    shared_gate_up: Tensor | None = None, shared_down: Tensor | None = None,
+) -> str | None:  # fmt: skip
     """The reference takes every call."""
     return None
 
 
 def mix_experts(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None
-) -> Tensor:
-    """Σ over the k experts of each token, weights · down_e(act(gate_e(x)) · up_e(x)) (+ shared), summed in at least
-    fp32. Tokens are sorted by expert, so that every expert with tokens is one matrix product."""
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None,
+    shared_gate_up: Tensor | None = None, shared_down: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Σ over the k experts of each token, weights · down_e(act(gate_e(x)) · up_e(x)) (+ shared, + the shared MLP of x),
+    summed in at least fp32. Tokens are sorted by expert, so that every expert with tokens is one matrix product."""
     top_k = experts.shape[1]
     order = experts.flatten().argsort(stable=True)
     counts = torch.bincount(experts.flatten(), minlength=gate_up.shape[0]).tolist()  # on a GPU, a wait
@@ -55,6 +57,8 @@ def mix_experts(
     mixed = (picked * weights.unsqueeze(-1)).sum(1)  # fp32, or more, since the weights are
     if shared is not None:
         mixed = mixed + shared
+    if shared_gate_up is not None and shared_down is not None:
+        mixed = mixed + F.linear(gated_activation(F.linear(x, shared_gate_up), activation), shared_down)
     return mixed.to(x.dtype)
 
 

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Routing, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
-from octavo.kernels.triton.gated_activation import activate
+from octavo.kernels.triton.gated_activation import activate, gated_activation
 
 
 @triton.jit
@@ -212,54 +212,84 @@ def _weight_tile(weight, first_row, n, k, rows, width):
     return tl.load(at, mask=(n < rows)[:, None] & (k < width)[None, :], other=0.0, eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def pair_gate_up_kernel(
-    x, weight, experts, out, width, hidden, stride_x,
+    x, weight, shared_weight, experts, out, shared_out, width, hidden, shared_hidden, stride_x, chunks,
     TOP_K: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One pair, BLOCK_N columns of act(gate)·up; out (pairs, hidden). The next tiles load while two are multiplied."""
-    pair = tl.program_id(0).to(tl.int64)
+    """BLOCK_N columns of act(gate)·up: of one of `chunks` pieces of the shared MLP (program 0 … chunks - 1 of the first
+    axis, hidden columns each; shared_out (T, shared_hidden)), or of one pair (the others; out (pairs, hidden)).
+
+    The next tiles load while two are multiplied."""
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    chunk = tl.program_id(0)
+    is_shared = chunk < chunks
+    pair = tl.maximum(chunk - chunks, 0).to(tl.int64)
+    per_token = tl.cdiv(shared_hidden, hidden)
+    column = chunk % per_token * hidden  # the first of this piece
+    source = weight
+    gate_row = column.to(tl.int64)
+    rows = hidden
+    if is_shared:
+        source = shared_weight
+        rows = tl.minimum(shared_hidden - column, hidden)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    gate_row = tl.load(experts + pair).to(tl.int64) * 2 * hidden
-    up_row = gate_row + hidden
-    row = x + pair // TOP_K * stride_x
-    gate_tile = _weight_tile(weight, gate_row, n, k, hidden, width)
-    up_tile = _weight_tile(weight, up_row, n, k, hidden, width)
+    to = shared_out + chunk // per_token * shared_hidden + column
+    up_row = gate_row + shared_hidden
+    token = (chunk // per_token).to(tl.int64)
+    if not is_shared:
+        gate_row = tl.load(experts + pair).to(tl.int64) * 2 * hidden
+        up_row = gate_row + hidden
+        to = out + pair * hidden
+        token = pair // TOP_K
+    row = x + token * stride_x
+    gate_tile = _weight_tile(source, gate_row, n, k, rows, width)
+    up_tile = _weight_tile(source, up_row, n, k, rows, width)
     gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for k0 in range(0, width, BLOCK_K):
         value = tl.load(row + k0 + k, mask=k0 + k < width, other=0.0).to(tl.float32)[None, :]
-        next_gate_tile = _weight_tile(weight, gate_row, n, k0 + BLOCK_K + k, hidden, width)
-        next_up_tile = _weight_tile(weight, up_row, n, k0 + BLOCK_K + k, hidden, width)
+        next_gate_tile = _weight_tile(source, gate_row, n, k0 + BLOCK_K + k, rows, width)
+        next_up_tile = _weight_tile(source, up_row, n, k0 + BLOCK_K + k, rows, width)
         gate += gate_tile.to(tl.float32) * value
         up += up_tile.to(tl.float32) * value
         gate_tile = next_gate_tile
         up_tile = next_up_tile
     value = activate(tl.sum(gate, 1), KIND) * tl.sum(up, 1)
-    tl.store(out + pair * hidden + n, value.to(out.dtype.element_ty), mask=n < hidden)
+    tl.store(to + n, value.to(out.dtype.element_ty), mask=n < rows)
 
 
 @triton.jit
 def pair_down_kernel(
-    x, weight, weights, experts, shared, out, width, rows, stride_s,
+    x, weight, weights, experts, shared_x, shared_weight, shared, out, width, rows, shared_width, stride_s,
     TOP_K: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One token, BLOCK_N columns of Σ_j weights_j · W_j·x_j (+ shared); x (T, TOP_K, width), out (T, rows).
+    """One token, BLOCK_N columns of Σ_j weights_j · W_j·x_j (+ shared_weight·shared_x) (+ shared); x (T, TOP_K, width),
+    shared_x (T, shared_width), out (T, rows).
 
     One loop over the tiles of all its experts, so that the next tile loads across their borders, too."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    zero = tl.zeros((), tl.int64)
+    if shared_weight is not None:
+        shared_tile = _weight_tile(shared_weight, zero, n, k, rows, shared_width)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     first_pair = token * TOP_K
     tile = _weight_tile(weight, tl.load(experts + first_pair).to(tl.int64) * rows, n, k, rows, width)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    if shared_weight is not None:
+        for k0 in range(0, shared_width, BLOCK_K):
+            at = k0 + k
+            value = tl.load(shared_x + token * shared_width + at, mask=at < shared_width, other=0.0).to(tl.float32)
+            next_shared_tile = _weight_tile(shared_weight, zero, n, at + BLOCK_K, rows, shared_width)
+            acc += shared_tile.to(tl.float32) * value[None, :]
+            shared_tile = next_shared_tile
     steps = tl.cdiv(width, BLOCK_K)
     for step in range(steps * TOP_K):
         pair = first_pair + step // steps
@@ -304,46 +334,62 @@ def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor
 
 
 def refuses_mix_experts(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None
-) -> str | None:
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None,
+    shared_gate_up: Tensor | None = None, shared_down: Tensor | None = None,
+) -> str | None:  # fmt: skip
     """Why this backend cannot take the call, or None."""
-    if any(t.dtype != x.dtype for t in (gate_up, down)) or x.dtype == torch.float64:
+    if (
+        any(t is not None and t.dtype != x.dtype for t in (gate_up, down, shared_gate_up, shared_down))
+        or x.dtype == torch.float64
+    ):
         return f"it multiplies tensors of one dtype up to fp32, not {x.dtype} by {gate_up.dtype}"
     if x.dtype == torch.float32 and experts.numel() > MOST_PAIRS:
         return "it would multiply fp32 as tf32"
     plain = gate_up.is_contiguous() and down.is_contiguous() and x.stride(1) == 1
     plain = plain and (shared is None or shared.stride(1) == 1)
+    plain = plain and all(t is None or t.is_contiguous() for t in (shared_gate_up, shared_down))
     return None if plain and weights.dtype == torch.float32 else "it takes contiguous rows and fp32 weights"
 
 
 def mix_experts(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None
-) -> Tensor:
-    """x (T, D), weights and experts (T, k), gate_up (E, 2·H, D), down (E, D, H) → (T, D)."""
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None,
+    shared_gate_up: Tensor | None = None, shared_down: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x (T, D), weights and experts (T, k), gate_up (E, 2·H, D), down (E, D, H) → (T, D); shared_gate_up (2·S, D) and
+    shared_down (D, S): of an MLP for every token."""
     weights, experts = weights.contiguous(), experts.contiguous()
     if experts.numel() == 0:
-        return torch.empty_like(x) if shared is None else shared.clone()
+        return torch.empty_like(x)
     if experts.numel() <= MOST_PAIRS:
-        return _mix_pairs(x, weights, experts, gate_up, down, activation, shared)
+        return _mix_pairs(x, weights, experts, gate_up, down, activation, shared, shared_gate_up, shared_down)
+    if shared_gate_up is not None and shared_down is not None:
+        own = gated_activation(x @ shared_gate_up.t(), activation) @ shared_down.t()
+        shared = own if shared is None else shared + own
     return _mix_grouped(x, weights, experts, gate_up, down, activation, shared)
 
 
 def _mix_pairs(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None
-) -> Tensor:
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str, shared: Tensor | None,
+    shared_gate_up: Tensor | None = None, shared_down: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     tokens, dim = x.shape
     top_k, hidden = experts.shape[1], down.shape[2]
     h = torch.empty((tokens * top_k, hidden), dtype=x.dtype, device=x.device)
+    shared_hidden = hidden if shared_down is None else shared_down.shape[1]
+    shared_h = None if shared_down is None else torch.empty((tokens, shared_hidden), dtype=x.dtype, device=x.device)
+    chunks = 0 if shared_down is None else tokens * triton.cdiv(shared_hidden, hidden)
     out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
     early = early_launch_options(x.device)
     block_n, block_k, num_warps = PAIR_GATE_UP_TILE
-    pair_gate_up_kernel[(tokens * top_k, triton.cdiv(hidden, block_n))](
-        x, gate_up, experts, h, dim, hidden, x.stride(0),
+    pair_gate_up_kernel[(chunks + tokens * top_k, triton.cdiv(hidden, block_n))](
+        x, gate_up, gate_up if shared_gate_up is None else shared_gate_up, experts,
+        h, h if shared_h is None else shared_h, dim, hidden, shared_hidden, x.stride(0), chunks,
         TOP_K=top_k, KIND=activation, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, **early,
     )  # fmt: skip
     block_n, block_k, num_warps = PAIR_DOWN_TILE
     pair_down_kernel[(tokens, triton.cdiv(dim, block_n))](
-        h, down, weights, experts, shared, out, hidden, dim, 0 if shared is None else shared.stride(0),
+        h, down, weights, experts, shared_h, shared_down, shared, out, hidden, dim, shared_hidden,
+        0 if shared is None else shared.stride(0),
         TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, **early,
     )  # fmt: skip
     return out

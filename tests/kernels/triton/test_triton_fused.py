@@ -197,6 +197,19 @@ def test_mix_by_expert(tokens, top_k, num_experts, shared):
     check_mix(moe._mix_grouped, tokens, top_k, num_experts, shared)
 
 
+@pytest.mark.parametrize("shared_hidden", [24, 48, 60, 7])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_a_shared_mlp_joins_few_pairs(shared_hidden, tokens):
+    dim, hidden, top_k = 40, 24, 2
+    x, extra = torch.randn(tokens, dim), torch.randn(tokens, dim)
+    gate_up, down = torch.randn(5, 2 * hidden, dim) / 6, torch.randn(5, dim, hidden) / 5
+    shared = torch.randn(2 * shared_hidden, dim) / 6, torch.randn(dim, shared_hidden) / 5
+    weights, experts = torch.rand(tokens, top_k), torch.rand(tokens, 5).topk(top_k).indices
+    got = moe.mix_experts(x, weights, experts, gate_up, down, "silu", extra, *shared)
+    expected = reference_moe.mix_experts(x, weights, experts, gate_up, down, "silu", extra, *shared)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def check_mix(mix, tokens, top_k, num_experts, shared):
     dim, hidden = 40, 24
     x, extra = torch.randn(tokens, dim + 8)[:, :dim], torch.randn(tokens, dim) if shared else None

@@ -167,6 +167,7 @@ class MixtureOfExperts(nn.Module):
 
     def _joins_pairs(self, mlp: GatedMLP, tokens: Tensor) -> bool:
         """Whether the shared MLP is computed in the experts' own kernels here."""
+        if not few_pairs(tokens, len(tokens) * self.router.routing.top_k):
+            return False
         names = [name for name, _ in mlp.named_parameters()]  # quantised weights are none; a bias would be one
-        plain = names == ["gate_up_proj.weight", "down_proj.weight"] and mlp.activation_name == self.experts.activation
-        return plain and few_pairs(tokens, len(tokens) * self.router.routing.top_k)
+        return names == ["gate_up_proj.weight", "down_proj.weight"] and mlp.activation_name == self.experts.activation

@@ -223,8 +223,9 @@ def make_kernel(head_dim, head_dim_v, dtype, pairs, capped):
     log2e = math.log2(math.e)
 
     @_jit
-    def add_keys(p, where, scratch, work, kv_head, first, count):
+    def add_keys(p, where, scratch, work, part, first, count):
         """dK and dV of a tile of keys, and its share of dQ."""
+        kv_head = part // int_argument(p, 5)
         rows, keys, group = i64(where)[1], i64(where)[2], int_argument(p, 4)
         k = i64(where)[8] + kv_head * int_argument(p, 13) + first * int_argument(p, 12)
         v = i64(where)[9] + kv_head * int_argument(p, 15) + first * int_argument(p, 14)
@@ -232,27 +233,27 @@ def make_kernel(head_dim, head_dim_v, dtype, pairs, capped):
         zero((scratch + dk_at, KEYS * head_dim // LANES))
         zero((scratch + dv_at, KEYS * head_dim_v // LANES))
         for head in range(group):
-            h = kv_head * group + head
+            h = part * group + head
             q, dout = i64(where)[3] + h * int_argument(p, 7), i64(where)[4] + h * int_argument(p, 9)
             lse, delta = i64(where)[6] + h * int_argument(p, 20), i64(where)[7] + h * int_argument(p, 20)
             dq = work + head * (rows + ROWS) * head_dim * 4
             key_tile(p, scratch, q, dout, lse, delta, dq, rows, keys - rows, first, count)
-        dk = i64(where)[10] + kv_head * int_argument(p, 17) + first * int_argument(p, 16)
-        dv = i64(where)[11] + kv_head * int_argument(p, 19) + first * int_argument(p, 18)
+        dk = i64(where)[10] + part * int_argument(p, 17) + first * int_argument(p, 16)
+        dv = i64(where)[11] + part * int_argument(p, 19) + first * int_argument(p, 18)
         for j in range(count):
             write_d((scratch + dk_at + 4 * head_dim * j, scratch + factors + 8, dk + j * int_argument(p, 16)))
             write_dv((scratch + dv_at + 4 * head_dim_v * j, scratch + factors + 12, dv + j * int_argument(p, 18)))
 
     @_jit
-    def run_job(p, where, scratch, work, kv_head):
-        """One key head of one sequence, `where` its row of the table."""
+    def run_job(p, where, scratch, work, part):
+        """A part of one key head's query heads, of one sequence, `where` its row of the table."""
         rows, keys, group = i64(where)[1], i64(where)[2], int_argument(p, 4)
         of_head = (rows + ROWS) * head_dim * 4
         zero((work, group * of_head // 64))
         for first in range(0, keys, KEYS):
-            add_keys(p, where, scratch, work, kv_head, first, min(KEYS, keys - first))
+            add_keys(p, where, scratch, work, part, first, min(KEYS, keys - first))
         for head in range(group):
-            dq = i64(where)[5] + (kv_head * group + head) * int_argument(p, 11)
+            dq = i64(where)[5] + (part * group + head) * int_argument(p, 11)
             for row in range(rows):
                 source = work + head * of_head + 4 * head_dim * row
                 write_d((source, scratch + factors + 8, dq + row * int_argument(p, 10)))

@@ -7,7 +7,7 @@ The reference backward (`kernels/reference/flash_bwd.py`) spells out the formula
 
 import torch
 
-from octavo.kernels.cpu import dense_backward, sdpa
+from octavo.kernels.cpu import dense_backward, dense_calls, sdpa
 from octavo.kernels.cpu.flash_fwd import is_whole
 from octavo.kernels.cpu.sequences import LOG2_E, Tile, key_tiles, row_tiles, sequences
 from octavo.kernels.cpu.tiled_scores import KEYS_PER_TILE, HeadChunk, by_head, compute_dtype, head_chunks, rows_per_tile
@@ -41,7 +41,7 @@ def flash_bwd(
     dlse: Tensor | None = None,
 ) -> Gradients:
     """Gradients in the dtypes of their tensors; every sum runs in a fixed order, so repeats give the same bits."""
-    if dense_backward.takes(q, k, v, spec, t):
+    if dense_calls.takes(q, k, v, spec, t):
         delta = _row_shift(dout, out, dlse, torch.float32).transpose(-1, -2)
         grads = dense_backward.backward(dout, q, k, v, delta, softmax_lse, spec, t)
         sink = t.learnable_sink

@@ -479,6 +479,23 @@ def _descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return descriptor
 
 
+def plan_mla_decode(
+    q: Tensor, kv_cache: Tensor, head_dim_v: int, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
+) -> dict[str, object]:
+    """What `octavo.explain` shows of a call."""
+    m_tiles = triton.cdiv(t.max_seqlen_q * q.shape[-2], ROWS.value)
+    return {
+        "tile": f"{ROWS.value} rows × {BLOCK.value} tokens",
+        "parts": num_parts(q, m_tiles),
+        "tiles of rows": m_tiles,
+    }
+
+
+def num_parts(q: Tensor, m_tiles: int) -> int:
+    """Parts into which the tokens of all sequences are cut."""
+    return max(1, num_processors(q.device) // m_tiles)
+
+
 def mla_decode(
     q: Tensor, kv_cache: Tensor, head_dim_v: int, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -494,7 +511,7 @@ def mla_decode(
     if out.numel() == 0 or batch == 0:
         return out.zero_(), lse.fill_(-math.inf)
     m_tiles = triton.cdiv(t.max_seqlen_q * heads, ROWS.value)
-    parts = max(1, num_processors(q.device) // m_tiles)
+    parts = num_parts(q, m_tiles)
     num_rows = m_tiles * ROWS.value
     partials = (
         torch.empty(2 * parts * num_rows * head_dim_v, dtype=torch.float32, device=q.device),

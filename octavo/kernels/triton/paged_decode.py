@@ -21,9 +21,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.kernels.hopper.launch import Constants, integer_key, launch, pointer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
-from octavo.kernels.triton.flash_fwd import capability, contiguous_rows, lacks_fp8, num_processors
+from octavo.kernels.triton.flash_fwd import capability, contiguous_rows, is_hopper, lacks_fp8, num_processors
 from octavo.kernels.triton.scores import LN2, LOG2E, sequence, tanh
 
+PROGRAMS = 2  # that run on a processor at a time
 MAX_ROWS = 64  # query tokens × heads of one key head that a program holds
 _DTYPES = (torch.float16, torch.bfloat16)
 _UNSUPPORTED = ("seqused_q", "leftpad_k", "qv", "alibi_slopes", "attn_bias")
@@ -326,6 +327,22 @@ def max_queries(q: Tensor, t: AttentionTensors) -> int:
     return t.max_seqlen_q if t.cu_seqlens_q is not None else q.shape[1]
 
 
+def keys_of_block(q: Tensor, v_cache: Tensor, page: int) -> int:
+    """Keys that a program loads at a time."""
+    wide = max(q.shape[-1], v_cache.shape[-1]) > 128
+    return 128 if is_hopper(q) and page % 64 and not wide else 64
+
+
+def plan_paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
+) -> dict[str, object]:
+    """What `octavo.explain` shows of a call."""
+    heads = k_cache.shape[-2]
+    rows = power_of_2(max_queries(q, t) * (q.shape[-2] // heads))
+    parts = num_parts(heads, PROGRAMS * num_processors(q.device))
+    return {"tile": f"{rows} rows × {keys_of_block(q, v_cache, k_cache.shape[1])} keys", "parts of each head": parts}
+
+
 def num_parts(heads: int, programs: int) -> int:
     """Parts of the keys for each head, so that all heads' parts fill `programs` places in whole waves."""
     waves = 1
@@ -336,7 +353,7 @@ def num_parts(heads: int, programs: int) -> int:
 
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0,
-    block_n: int = 0, stages: int = 3, per_sm: int = 2, pdl: bool = True, warps: int = 4,
+    block_n: int = 0, stages: int = 3, per_sm: int = PROGRAMS, pdl: bool = True, warps: int = 4,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q (T, Hq, D) packed by `cu_seqlens_q` or (B, Sq, Hq, D) over caches (num_blocks, block_size, Hkv, D or Dv)."""
     assert t.block_table is not None
@@ -352,7 +369,7 @@ def paged_attention(
         return out.zero_(), lse.fill_(-torch.inf)
     group = heads_q // heads
     block_m = power_of_2(max_q * group)
-    block_n = block_n or (64 if page % 64 == 0 else 128)
+    block_n = block_n or keys_of_block(q, v_cache, page)
     early = early_launch_options(q.device) if pdl else {"PDL": False}
     parts = num_parts(heads, per_sm * num_processors(q.device))
     places = 2 * parts * heads * block_m

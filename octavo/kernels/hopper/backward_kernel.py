@@ -40,7 +40,14 @@ from octavo.kernels.hopper.backward_parts import (
     write_gradient,
 )
 from octavo.kernels.hopper.flash_fwd import WG_ROWS, barriers, ragged_rows, sequence
-from octavo.kernels.hopper.gluon_compat import barrier_arrive, barrier_sync, pack_pairs, tma_store_wait, unpack_pairs
+from octavo.kernels.hopper.gluon_compat import (
+    FITS_THREE_PRODUCTS,
+    barrier_arrive,
+    barrier_sync,
+    pack_pairs,
+    tma_store_wait,
+    unpack_pairs,
+)
 
 BLOCK_N = gl.constexpr(128)  # keys of one thread block, 64 a warpgroup
 
@@ -97,12 +104,16 @@ def step(  # noqa: PLR0915 (a step is one schedule)
         else:
             ds_piece = ds_piece.slice(wg * 64, 64, dim=1)
         dq = warpgroup_mma(ds_piece.permute((1, 0)), k_piece, dq, use_acc=piece > 0, is_async=True)
+    b = as_operand(ds, dk, dtype)
+    if BLOCK_M == 128 and not FITS_THREE_PRODUCTS:
+        dk = warpgroup_mma(b, q, dk, is_async=True)
+        dq = warpgroup_mma_wait(1, [dq])
     next_stage, next_phase = stage_of(index + 1, Q_STAGES)
     mbarrier.wait(q_full.index(next_stage), next_phase, pred=index + 1 < total)
     s = issue_transposed(k_smem.index(mine).reshape([WG_ROWS, D]), q_smem.index(next_stage).reshape([BLOCK_M, D]))
-    b = as_operand(ds, dk, dtype)
-    dk = warpgroup_mma(b, q, dk, is_async=True)
-    dq = warpgroup_mma_wait(2, [dq])
+    if BLOCK_M == 64 or FITS_THREE_PRODUCTS:
+        dk = warpgroup_mma(b, q, dk, is_async=True)
+        dq = warpgroup_mma_wait(2, [dq])
     if IN_TURN:
         give_turn(last, index > 0)
         last = turns + m * NUM_WG + wg

@@ -33,6 +33,7 @@ else:  # Triton 3.6 has the operation, but no name for it
 
 # over a loop, the assembler of Triton 3.9 copies operands that stay in registers at every turn; that of 3.6 does not
 KEEPS_LOOP_OPERANDS = not hasattr(tma, "async_load")
+FITS_THREE_PRODUCTS = gl.constexpr(KEEPS_LOOP_OPERANDS)  # and that of 3.9 wants more registers for products in flight
 
 
 @builtin

@@ -35,6 +35,18 @@ def check_heads(q_heads: int, kv_heads: int) -> None:
         raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
 
 
+def check_capacity(name: str, num_keys: Tensor, capacity: int) -> None:
+    """Raise `ValueError` where a row has more keys than its pages hold; on a CPU alone, where looking costs nothing."""
+    if num_keys.device.type != "cpu" or torch.compiler.is_compiling() or num_keys.numel() == 0:
+        return
+    longest = int(num_keys.max())
+    if longest > capacity:
+        raise ValueError(
+            f"{name}: expected at most {capacity} keys per row, got {longest}; "
+            "make the cache longer or the block_table wider"
+        )
+
+
 def check_floating(name: str, x: Tensor) -> None:
     """Raise `ValueError` unless x has a dtype that attention computes in."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

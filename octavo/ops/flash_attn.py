@@ -16,6 +16,7 @@ from octavo.ops import custom_ops, dispatch
 from octavo.ops.checks import (
     cast_for_autocast,
     check_broadcast,
+    check_capacity,
     check_floating,
     check_heads,
     check_index,
@@ -163,6 +164,7 @@ def flash_attn_varlen_func(
         raise ValueError("block_table: attn_bias and dropout_p are not taken with a paged cache; leave them out")
     keys_used = cu_seqlens_k[1:] - cu_seqlens_k[:-1] if seqused_k is None else seqused_k
     check_index("block_table", block_table, (batch, "max_blocks"), q.device)
+    check_capacity("cu_seqlens_k, seqused_k", keys_used, block_table.shape[1] * k.shape[1])
     tensors = replace(tensors, seqused_k=keys_used, block_table=block_table)
     _check_options(q, k, v, tensors)
     out, lse = custom_ops.paged_attention(q, k, v, spec, tensors, backend=backend)

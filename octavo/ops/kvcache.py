@@ -9,6 +9,7 @@ import torch
 from octavo.kernels.spec import AttentionTensors, Tensor
 from octavo.ops import custom_ops
 from octavo.ops.checks import (
+    check_capacity,
     check_floating,
     check_heads,
     check_index,
@@ -63,8 +64,8 @@ def flash_attn_with_kvcache(
     softmax_scale, causal, window_size, softcap, alibi_slopes, qv, learnable_sink, backend: as in `flash_attn_func`.
 
     Returns out (B, Sq, Hq, Dv), with return_softmax_lse also the LSE (B, Hq, Sq). Raises `ValueError` for what does
-    not fit; on CPU also when k does not fit into the cache (on a GPU that would wait for the device: such tokens are
-    not written).
+    not fit; on CPU also when cache_seqlens or k do not fit into the cache (on a GPU that would wait for the device:
+    such tokens are not written).
     """
     _check_caches(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin)
     batch, sq, num_heads, head_dim = q.shape
@@ -81,6 +82,9 @@ def flash_attn_with_kvcache(
         check_shape("qv", qv, (batch, sq, num_heads, v_cache.shape[-1]))
         check_like("qv", qv, q)
     spec = make_spec(head_dim, softmax_scale, causal, window_size, softcap)
+    check_capacity(
+        "cache_seqlens, k", seqlens + (0 if k is None else k.shape[1]), block_table.shape[1] * k_cache.shape[1]
+    )
     if k is not None and v is not None:
         if rotary_cos is not None and rotary_sin is not None:
             steps = torch.arange(max(sq, k.shape[1]), device=q.device)
@@ -172,11 +176,6 @@ def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Ten
     page_size = k_cache.shape[1]
     positions = seqlens[:, None].to(torch.int64) + torch.arange(k.shape[1], device=k.device)
     capacity = block_table.shape[1] * page_size
-    if k.device.type == "cpu" and not torch.compiler.is_compiling() and bool((positions >= capacity).any()):
-        raise ValueError(
-            f"k: expected at most {capacity} keys per row once appended, got {int(positions.max()) + 1}; "
-            "make the cache longer or the block_table wider"
-        )
     pages = torch.gather(block_table.to(torch.int64), 1, (positions // page_size).clamp(max=block_table.shape[1] - 1))
     slots = torch.where(positions < capacity, pages * page_size + positions % page_size, -1)
     custom_ops.store_kv_cache(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots.flatten())

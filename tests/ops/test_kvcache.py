@@ -124,7 +124,8 @@ def test_backward_is_refused(caches):
     [
         ("k, v: expected both", {"k": torch.zeros(5, 1, KV_HEADS, DIM), "cache_seqlens": 3}),
         ("cache_seqlens: expected the keys in use", {"append": 1}),
-        ("expected at most 17 keys", {"append": 3, "cache_seqlens": 15}),
+        ("cache_seqlens, k: expected at most 17 keys", {"append": 3, "cache_seqlens": 15}),
+        ("cache_seqlens, k: expected at most 17 keys", {"cache_seqlens": 18}),
         ("rotary_cos: expected k and v", {"rotary_cos": torch.zeros(9, 4), "rotary_sin": torch.zeros(9, 4)}),
         ("cache_batch_idx: expected None", {"cache_batch_idx": ROW, "block_table": ROW[:, None], "cache_seqlens": 1}),
     ],

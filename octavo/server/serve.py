@@ -27,19 +27,24 @@ MAX_HEAD = 32 << 10  # bytes of a request's line and headers
 
 
 class _Config(Config):
-    """Uvicorn's, with one more limit."""
+    """Uvicorn's, with two more limits."""
 
     header_timeout: float  # seconds
+    send_timeout: float  # seconds
 
 
 class _Protocol(H11Protocol):
-    """Uvicorn's, which closes a connection whose request's head does not come in time."""
+    """Uvicorn's, which closes a connection whose request's head does not come in time, or whose other end has gone
+    without a word: what was sent to it stays unacknowledged, which the system is asked to notice."""
 
     config: _Config
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            milliseconds = round(1000 * self.config.send_timeout)
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -48,6 +53,7 @@ class _Protocol(H11Protocol):
             self._await_head()
         else:
             self._forget_head()
+            self.scope.setdefault("octavo.abort", self.transport.abort)  # type: ignore[typeddict-item]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
@@ -160,7 +166,7 @@ def make_server(settings: ServerSettings, options: dict[str, Any]) -> OctavoServ
         timeout_graceful_shutdown=round(settings.shutdown_timeout + LAST_WORDS),
         lifespan="off",
     )
-    config.header_timeout = settings.header_timeout
+    config.header_timeout, config.send_timeout = settings.header_timeout, settings.send_timeout
     return OctavoServer(config, service)
 
 

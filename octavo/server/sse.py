@@ -6,7 +6,7 @@ the engine: their blocks are free before its next step.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -69,8 +69,10 @@ class EventStream(Response):
         self._send_timeout = send_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientGone):
+        try:
             await unless_gone(receive, self._pump(send))
+        except ClientGone:
+            scope.get("octavo.abort", _nothing)()  # closing would wait for the client to read the rest
 
     async def _pump(self, send: Send) -> None:
         started = False
@@ -95,10 +97,5 @@ class EventStream(Response):
             raise ClientGone from None
 
 
-async def within(seconds: float, work: Awaitable[T]) -> T:
-    """The work's result; ApiError 504 when it takes longer."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await work
-    except TimeoutError:
-        raise ApiError(504, f"the answer took longer than {seconds:g} s", code="timeout") from None
+def _nothing() -> None:
+    pass

@@ -168,6 +168,26 @@ def test_slow_and_oversized_clients_are_let_go(serve):
     assert b" 200 " in answer_to(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")[:20]
 
 
+def test_a_client_that_never_reads_costs_no_blocks_and_is_let_go(serve):
+    server = serve(send_timeout=1.0)
+    listener = server.server.servers[0].sockets[0]
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # else the system would take the whole answer
+    body = json.dumps({"prompt": "the hen", **LONG, "n": 8, "stream": True, "logprobs": 20}).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(server.service_address)
+        connection.sendall(head(len(body)) + body)
+        server.wait(lambda: num_live(server) == 8, "it runs", 5)
+        server.wait_until_idle()  # the engine has gone on without it
+        server.wait(lambda: num_live(server) == 0, "it is let go", 10)
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(65536):
+                received += piece
+    assert received.startswith(b"HTTP/1.1 200")
+    assert b"[DONE]" not in received
+
+
 def test_an_answer_that_takes_too_long_is_ended(serve):
     server = serve(request_timeout=0.3)
     with stopped(server.service.engine.pid):

@@ -87,7 +87,8 @@ class LLMEngine:
         self._grammar_compiler: GrammarCompiler | None = None
         if tokenizer is not None:
             self._grammar_compiler = GrammarCompiler(tokenizer, model.config.vocab_size, self._eos_token_ids)
-        cache = PagedKVCache(model, config.num_blocks, config.block_size, cache_dtype or model.cache_dtype, model.device)
+        cache_dtype = cache_dtype or model.cache_dtype
+        cache = PagedKVCache(model, config.num_blocks, config.block_size, cache_dtype, model.device)
         sampler = Sampler(model.config.vocab_size, model.device, seed, self._encode)
         bounds = {"max_num_seqs": config.max_num_seqs, "max_model_len": config.max_model_len}
         on_gpu = model.device.type == "cuda"

@@ -10,6 +10,8 @@ largest 64 entries; a wider nucleus takes the entries above a threshold, and sor
 `octavo.ops.sample_on_device` serves instead.)
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -160,22 +162,19 @@ def sample_truncated(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
     vocab = logits.shape[1]
     limited = top_k[top_k < vocab]
     width = min(max(_NUCLEUS_WIDTH, int(limited.max()) if len(limited) else 0), vocab)
-    if vocab <= _SMALL_VOCABULARY and len(limited) < len(top_k):
-        width = vocab
     values, ids = top_entries(logits, width)
     inside_k = torch.arange(width) < top_k[:, None]
     weights = ((values - values[:, :1]) / temperature).exp().double() * inside_k
     through = weights.cumsum(-1)
     mass = through[:, -1].clone()
-    partly = torch.nonzero(top_k > width).squeeze(1).tolist()  # rows whose mass is not all in these entries
+    partly = torch.nonzero(top_k > width).squeeze(1)  # rows whose mass is not all in these entries
     wide = {}
-    buffer = np.empty(vocab, dtype=np.float32)
-    for row in partly:
-        _exponentials(logits[row].numpy(), float(values[row, 0]), float(temperature[row]), buffer)
-        mass[row] = total = float(buffer.sum())
-        if float(through[row, -1]) < float(top_p[row]) * total:
+    found, shares = through[:, -1].tolist(), top_p.tolist()
+    for row, exponentials in _exponentials(logits, values[:, :1], temperature, partly):
+        mass[row] = total = float(exponentials.sum())
+        if found[row] < shares[row] * total:
             lightest = float(weights[row, -1])
-            wide[row] = _pick_wide(buffer, lightest, float(top_p[row]) * total, float(uniform[row]))
+            wide[row] = _pick_wide(exponentials, lightest, shares[row] * total, float(uniform[row]))
     through = (weights * (through - weights < (top_p.double() * mass)[:, None])).cumsum(-1)
     index = _invert(through, uniform[:, None] * through[:, -1:])
     tokens = ids.gather(1, index).squeeze(1)
@@ -184,12 +183,20 @@ def sample_truncated(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
     return tokens
 
 
-def _exponentials(logits: NDArray[np.float32], top: float, temperature: float, out: NDArray[np.float32]) -> None:
-    """exp((logits − top) / temperature) of one row, which stays in the L2 cache meanwhile; a batch would not."""
-    np.subtract(logits, np.float32(top), out=out)
-    if temperature != 1:
-        np.multiply(out, np.float32(1 / temperature), out=out)
-    np.exp(out, out=out)
+def _exponentials(
+    logits: Tensor, top: Tensor, temperature: Tensor, rows: Tensor
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(row, exp((logits − top) / temperature)) of each of `rows`, to be read before the next is taken: a large row is
+    made in one buffer, which stays in the L2 cache, while small ones are made at once."""
+    if logits.shape[1] <= _SMALL_VOCABULARY:
+        together = ((logits[rows] - top[rows]) / temperature[rows]).exp_().numpy()
+        yield from zip(rows.tolist(), together, strict=True)
+        return
+    buffer = np.empty(logits.shape[1], dtype=np.float32)
+    for row in rows.tolist():
+        np.subtract(logits[row].numpy(), np.float32(top[row]), out=buffer)
+        np.multiply(buffer, np.float32(1 / temperature[row]), out=buffer)
+        yield row, np.exp(buffer, out=buffer)
 
 
 def _pick_wide(weights: NDArray[np.float32], lightest: float, wanted: float, uniform: float) -> int:

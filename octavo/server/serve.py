@@ -116,10 +116,10 @@ class OctavoServer(Server):
 def _bind(settings: ServerSettings) -> socket.socket:
     """A socket at the address, which does not listen yet. OSError, naming it, where it cannot be had."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        bound = socket.socket(family, kind)
+        bound = socket.socket(family, kind, protocol)  # asyncio sends without delay only where the protocol is named
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)

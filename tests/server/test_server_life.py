@@ -88,6 +88,13 @@ def test_many_at_once_all_get_their_own(server):
     server.wait_until_idle()
 
 
+def test_what_is_written_goes_out_without_delay(server):
+    server.get("/health")
+    (connection, *_) = server.server.server_state.connections
+    sock = connection.transport.get_extra_info("socket")
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # else each stream's first event waits for 40 ms
+
+
 # ---- a dead engine -------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ logger = logging.getLogger("octavo.server.access")
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 _PLAIN = re.compile(r"[\w.,:/@+%-]+")
+METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
 _CLOSE = {"Connection": "close"}
 LINGER = 1.0  # seconds that a refused body is still read and dropped: an answer amid its sending would be lost
 _COMMON_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
@@ -60,7 +61,7 @@ class RequestLog:
     """Gives each request an id (the client's, where it is plain), which goes out as x-request-id and into the log;
     answers 500 in OpenAI's shape where an endpoint raised, without its details.
 
-    answered: called with method, path and status of each; the path as a route, or "other".
+    answered: called with method, path and status of each; a method or path that is none of ours is "other".
     """
 
     def __init__(self, app: ASGIApp, answered: Callable[[str, str, int], None], paths: frozenset[str]) -> None:
@@ -100,7 +101,8 @@ class RequestLog:
 
     def _log(self, scope: Scope, info: RequestInfo, status: int, seconds: float) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        self._answered(scope["method"], path if path in self._paths else "other", status)
+        method = scope["method"] if scope["method"] in METHODS else "other"  # clients must not make up labels
+        self._answered(method, path if path in self._paths else "other", status)
         tokens = {}
         if info.prompt_tokens:
             tokens = {"prompt_tokens": info.prompt_tokens, "output_tokens": info.output_tokens}

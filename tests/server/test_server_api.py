@@ -303,6 +303,15 @@ def test_metrics_have_vllms_names_and_the_wastes(server):
     assert float(text.split("vllm:generation_tokens_total{")[1].split("} ")[1].split("\n")[0]) >= 6
 
 
+def test_clients_cannot_make_up_labels_of_the_metrics(server):
+    for number in range(3):
+        server.client.request(f"METHOD{number}", f"/path{number}")
+    text = server.get("/metrics").text
+    assert 'method="other",path="other"' in text
+    assert "METHOD" not in text
+    assert "/path" not in text
+
+
 def test_the_memory_report_sums_to_the_cache(server):
     report = server.memory()
     assert (

@@ -408,6 +408,7 @@ class Memory(Struct):
     cached: int
     free: int
     saved: int
+    unseen: int
     waste_fraction: float
 
 

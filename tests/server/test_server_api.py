@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from octavo.server.protocol import Memory
+
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 
 
@@ -314,6 +316,7 @@ def test_clients_cannot_make_up_labels_of_the_metrics(server):
 
 def test_the_memory_report_sums_to_the_cache(server):
     report = server.memory()
+    assert set(report) == set(Memory.__struct_fields__)
     assert (
         sum(report[part] for part in ("used", "reserved", "internal", "external", "cached", "free")) == report["cache"]
     )

@@ -34,10 +34,10 @@ def load(way: str) -> CausalLM:
 
 @torch.inference_mode()
 def logits_of(model: CausalLM, window: torch.Tensor) -> torch.Tensor:
-    """(len(window), vocab) fp32, through a paged cache."""
+    """(len(window), vocab) fp32, through a paged cache of the dtype that the engine takes."""
     from octavo.nn.cache import make_caches
 
-    rows, caches = make_caches(model, 1, len(window))
+    rows, caches = make_caches(model, 1, len(window), dtype=model.cache_dtype)
     step = rows.append(len(window))
     return model.compute_logits(model(window, step.positions, caches, step.metadata)).float()
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -47,6 +48,7 @@ class GrammarChecker:
         self._lock = threading.Lock()
         self._verdicts: OrderedDict[tuple[str, str], dict[str, str]] = OrderedDict()
         self._worker: subprocess.Popen[bytes] | None = None
+        self._end: weakref.finalize[..., Any] | None = None  # ends the worker: by `_stop`, or when nobody holds us
 
     def check(self, wish: StructuredOutputsParams) -> str:
         """The grammar in llguidance's own notation. Raises ValueError, naming the field, when it is not sound or not
@@ -97,23 +99,25 @@ class GrammarChecker:
             self._worker = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
             )
+            self._end = weakref.finalize(self, _end_worker, self._worker)
             if not self._answer(self._worker, _MAX_START_SECONDS):
                 self._stop()
                 raise RuntimeError("the process that checks grammars did not start; its error is on stderr")
         return self._worker
 
     def _stop(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.kill()
-            worker.wait()
-            for pipe in (worker.stdin, worker.stdout):
-                assert pipe is not None
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+        self._worker = None
+        if self._end is not None:
+            self._end()
 
-    def __del__(self) -> None:
-        self._stop()
+
+def _end_worker(worker: "subprocess.Popen[bytes]") -> None:
+    worker.kill()
+    worker.wait()
+    for pipe in (worker.stdin, worker.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
 
 
 # ---- in the worker -------------------------------------------------------------------------------------------------

@@ -167,6 +167,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def only_kernel(backend: str, op: str) -> tuple[Kernel, Kernel] | str:
+    """The one kernel that a backend has of `op` and its `refuses_<op>`, or why it has none."""
+    (module,) = _MODULES[op]
+    return _load(backend, module, op)
+
+
 @functools.cache
 def _load(backend: str, module: str, op: str) -> tuple[Kernel, Kernel] | str:
     """The kernel and its `refuses_<op>`, or why there is none."""

@@ -5,6 +5,7 @@ too; a forced backend that has no such kernel (they are Triton's) leaves the cho
 attention.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +26,24 @@ def fuses(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def run(op: str, reference: Callable[..., Any], arguments: tuple[Any, ...], *others: Tensor | None) -> Any:
-    """The fused kernel of `op` where `fuses(arguments[0], *others)`, else its reference."""
-    if not fuses(arguments[0], *others):
+    """The fused kernel of `op` where `fuses(arguments[0], *others)` and it takes the call, else the reference."""
+    x = arguments[0]
+    if not fuses(x, *others):
         return reference(*arguments)
-    if dispatch.forced_backend() in (None, "triton"):
-        return dispatch.run(op, arguments[0].device, arguments)
-    with dispatch.use_backend(None):
-        return dispatch.run(op, arguments[0].device, arguments)
+    if dispatch.forced_backend() == "triton":
+        return dispatch.run(op, x.device, arguments)
+    # as dispatch would choose, in a fifth of its time: a prefill step makes hundreds of these calls from the host
+    kernel, refuses = _fused_kernel(op)
+    if kernel is None or refuses is None or refuses(*arguments) is not None:
+        return reference(*arguments)
+    if x.device.index == torch.cuda.current_device():
+        return kernel(*arguments)
+    with torch.cuda.device(x.device):
+        return kernel(*arguments)
+
+
+@functools.cache
+def _fused_kernel(op: str) -> tuple[dispatch.Kernel | None, dispatch.Kernel | None]:
+    """Triton's kernel of `op` and its `refuses_<op>`, or None where Triton is not installed."""
+    loaded = dispatch.only_kernel("triton", op)
+    return (None, None) if isinstance(loaded, str) else loaded

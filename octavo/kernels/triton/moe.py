@@ -343,7 +343,7 @@ def refuses_mix_experts(
         or x.dtype == torch.float64
     ):
         return f"it multiplies tensors of one dtype up to fp32, not {x.dtype} by {gate_up.dtype}"
-    if x.dtype == torch.float32 and experts.numel() > MOST_PAIRS:
+    if x.dtype == torch.float32 and x.is_cuda and experts.numel() > MOST_PAIRS:
         return "it would multiply fp32 as tf32"
     plain = gate_up.is_contiguous() and down.is_contiguous() and x.stride(1) == 1
     plain = plain and (shared is None or shared.stride(1) == 1)

@@ -55,13 +55,23 @@ class Connection:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port, limit=1 << 22)
 
     async def send(self, method: str, path: str, body: Any = None) -> int:
-        """Sends a request and reads the answer's head: its status."""
-        await self.open()
-        assert self._reader is not None
-        assert self._writer is not None
+        """Sends a request and reads the answer's head: its status. A connection that the server has closed since the
+        last answer is opened again."""
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        head = f"{method} {path} HTTP/1.1\r\n{self._head}Content-Length: {len(data)}\r\n\r\n"
-        self._writer.write(head.encode() + data)
+        head = f"{method} {path} HTTP/1.1\r\n{self._head}Content-Length: {len(data)}\r\n\r\n".encode()
+        fresh = self._writer is None
+        try:
+            return await self._send(head + data)
+        except ConnectionError:
+            self.close()
+            if fresh:
+                raise
+            return await self._send(head + data)
+
+    async def _send(self, data: bytes) -> int:
+        await self.open()
+        assert self._writer is not None
+        self._writer.write(data)
         status = int((await self._line()).split()[1])
         self._length, self._chunked = 0, False
         while (line := (await self._line()).lower()) != b"\r\n":

@@ -230,6 +230,7 @@ def summarise(rows: list[dict], ceiling: float) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("mla", "paged"))
     parser.add_argument("--pages", default="16,256", help="of keys and values")
     parser.add_argument("--latent-pages", default="64", help="of latents")
     parser.add_argument("--out", type=Path, help="JSON file for every row")
@@ -238,7 +239,8 @@ def main() -> None:
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
     print(f"{machine}; copy {ceiling:.0f} GB/s")
     rows: list[dict] = []
-    for cases, pages, run in ((MLA, args.latent_pages, mla_rows), (PAGED, args.pages, paged_rows)):
+    tables = {"mla": (MLA, args.latent_pages, mla_rows), "paged": (PAGED, args.pages, paged_rows)}
+    for cases, pages, run in [tables[args.only]] if args.only else tables.values():
         for case in cases:
             for page in map(int, pages.split(",")):
                 measured = run(*case, page)

@@ -236,16 +236,16 @@ def test_dropout_draws_the_reference_mask(backend, longest):
         torch.testing.assert_close(got.float(), want, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 64), (128, 128), (192, 128)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_varlen(backend, head_dim, causal):
+def test_varlen(backend, head_dim, head_dim_v, causal):
     """Packed sequences equal the same sequences one at a time; rows of no sequence are NaN and give 0 and −inf."""
     lengths = [(128, 128), (0, 50), (333, 333), (1, 700), (17, 5), (60, 0)]
     starts = torch.tensor([[0, 0], *lengths], dtype=torch.int32, device=DEVICE).cumsum(0).to(torch.int32)
     cu_q, cu_k = starts[:, 0].contiguous(), starts[:, 1].contiguous()
     total_q, total_k = int(cu_q[-1]), int(cu_k[-1])
     q = randn(total_q + 9, 4, head_dim, dtype=torch.bfloat16)
-    k, v = (randn(total_k + 5, 2, head_dim, dtype=torch.bfloat16, seed=s) for s in (1, 2))
+    k, v = (randn(total_k + 5, 2, d, dtype=torch.bfloat16, seed=s) for s, d in ((1, head_dim), (2, head_dim_v)))
     for x, total in ((q, total_q), (k, total_k), (v, total_k)):
         x[total:] = torch.nan
     spec = AttentionSpec(head_dim**-0.5, window_right=0 if causal else -1)

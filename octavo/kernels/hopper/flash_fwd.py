@@ -691,6 +691,8 @@ def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: A
         return reason
     if (t.cu_seqlens_q is None) != (t.cu_seqlens_k is None):
         return "it takes cu_seqlens_q and cu_seqlens_k together"
+    if t.cu_seqlens_q is not None and _width(q.shape[-1]) != _width(v.shape[-1]):
+        return "its packed calls with values narrower than keys are not proved: one ended in an illegal access"
     if k.numel() == 0:
         return "there are no keys"
     batch, len_q, len_k = _sizes(q, k, t)

@@ -6,7 +6,8 @@ the engine: their blocks are free before its next step.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+import time
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -67,6 +68,7 @@ class EventStream(Response):
         self.status_code = 200
         self._events = events
         self._send_timeout = send_timeout
+        self._sending_since: float | None = None  # of time.monotonic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -76,25 +78,50 @@ class EventStream(Response):
 
     async def _pump(self, send: Send) -> None:
         started = False
-        async with contextlib.aclosing(self._events):
-            try:
-                async for chunk in self._events:
+        with self._watched():
+            async with contextlib.aclosing(self._events):
+                try:
+                    async for chunk in self._events:
+                        if not started:
+                            await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+                            started = True
+                        await self._send(send, chunk)
+                except ApiError as error:
                     if not started:
-                        await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-                        started = True
-                    await self._send(send, chunk, more=True)
-            except ApiError as error:
-                if not started:
-                    raise
-                await self._send(send, event(error.body) + DONE, more=True)
-        await self._send(send, b"", more=False)
+                        raise
+                    await self._send(send, event(error.body) + DONE)
+            await self._send(send, b"", more=False)
 
-    async def _send(self, send: Send, chunk: bytes, more: bool) -> None:
+    async def _send(self, send: Send, chunk: bytes, more: bool = True) -> None:
+        self._sending_since = time.monotonic()
+        await send({"type": "http.response.body", "body": chunk, "more_body": more})
+        self._sending_since = None
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """ClientGone when one chunk takes longer than send_timeout. Looked at now and then: a timer for each chunk
+        would be a tenth of what a chunk costs."""
+        loop, task, gave_up = asyncio.get_running_loop(), asyncio.current_task(), False
+        assert task is not None
+
+        def look() -> None:
+            nonlocal gave_up
+            since = self._sending_since
+            gave_up = since is not None and time.monotonic() - since > self._send_timeout
+            if gave_up:
+                task.cancel()
+            else:
+                self._timer = loop.call_later(self._send_timeout / 2, look)
+
+        self._timer = loop.call_later(self._send_timeout / 2, look)
         try:
-            async with asyncio.timeout(self._send_timeout):
-                await send({"type": "http.response.body", "body": chunk, "more_body": more})
-        except TimeoutError:
-            raise ClientGone from None
+            yield
+        except asyncio.CancelledError:
+            if gave_up:
+                raise ClientGone from None
+            raise
+        finally:
+            self._timer.cancel()
 
 
 def _nothing() -> None:

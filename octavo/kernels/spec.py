@@ -6,7 +6,7 @@ A backend module exposes any of these functions under these names; `octavo.ops.d
     flash_bwd.flash_bwd(dout, q, k, v, out, softmax_lse, spec, t, dlse=None) -> Gradients
     paged_attention.paged_attention(q, k_cache, v_cache, spec, t, num_splits=0) -> (out, softmax_lse)
     mla_decode.mla_decode(q, kv_cache, head_dim_v, spec, t, num_splits=0) -> (out, softmax_lse)
-    cache.store_kv_cache(k, v, k_cache, v_cache, slot_mapping) -> None
+    cache.store_kv_cache(k, v, k_cache, v_cache, slot_mapping, k_scale=None, v_scale=None) -> None
     cache.store_latent_cache(latent, kv_cache, slot_mapping) -> None
     merge.merge_attention_states(outs, lses) -> (out, softmax_lse)
     norm.rms_norm(x, weight, eps, unit_offset) -> out

@@ -26,6 +26,7 @@ from octavo.kernels.triton import (  # noqa: E402
     mla_projection,
     moe,
     norm,
+    paged_decode,
     rotary_cache,
     sampling,
 )
@@ -40,6 +41,8 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 SHARED_LIMIT = {90: 227 * 1024, 80: 99 * 1024}  # of sm_86 and sm_89, which share sm_80's tiles
 SM90 = 90
@@ -264,3 +267,46 @@ def test_the_sampler_compiles(monkeypatch, tmp_path):
         sass, stack = inspect(compile_launch(launch, SM90), tmp_path / "kernel.cubin")
         assert "LDG.E.128" in sass or launch[0].__name__ == "finish_kernel"
         assert stack <= 64  # a few scalars, outside of the loops over the vocabulary
+
+
+@pytest.mark.parametrize(
+    ("capability", "page", "head_dim", "dtype"),
+    [
+        (90, 16, 128, torch.bfloat16),
+        (90, 64, 128, torch.float8_e4m3fn),
+        (90, 16, 256, torch.int8),
+        (80, 16, 128, torch.bfloat16),
+        (80, 64, 256, torch.bfloat16),
+        (80, 16, 128, torch.int8),
+    ],
+)
+def test_paged_decode_copies_asynchronously_and_fits(monkeypatch, tmp_path, capability, page, head_dim, dtype):
+    early = {"PDL": True, "launch_pdl": True} if capability == SM90 else {"PDL": False}
+    monkeypatch.setattr(paged_decode, "early_launch_options", lambda _: early)
+    monkeypatch.setattr(paged_decode, "is_hopper", lambda _: capability == SM90)
+    launches = []
+    monkeypatch.setattr(
+        paged_decode,
+        "run",
+        lambda kernel, _, args, constants, key, **options: launches.append((kernel, args, dict(constants) | options)),
+    )
+    cache, scale = tensor(64, page, 8, head_dim, dtype=dtype), tensor(8, dtype=torch.float32)
+    lengths = tensor(33, dtype=torch.int32)
+    scales = {} if dtype == torch.bfloat16 else {"k_scale": scale, "v_scale": scale}
+    t = AttentionTensors(
+        cu_seqlens_q=lengths,
+        max_seqlen_q=1,
+        block_table=tensor(32, 64, dtype=torch.int32),
+        seqused_k=lengths[:32],
+        **scales,
+    )
+    paged_decode.paged_attention(tensor(32, 32, head_dim), cache, cache, AttentionSpec(0.1, window_right=0), t)
+    assert len(launches) == 2
+    for launch in launches:
+        compiled = compile_launch(launch, capability)
+        sass, stack = inspect(compiled, tmp_path / "kernel.cubin")
+        assert stack <= 64, launch[0].__name__
+        assert compiled.metadata.shared <= SHARED_LIMIT[capability]
+        if launch[0] is paged_decode.decode_kernel:
+            assert "HMMA" in sass
+            assert "LDGSTS" in sass

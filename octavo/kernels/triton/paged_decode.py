@@ -334,6 +334,8 @@ def keys_of_block(q: Tensor, v_cache: Tensor, page: int) -> int:
     keys and 3 to 5 stages; fp8 64 keys by 5 stages 44.9, by 3 or 4 53.7, 128 keys by 3 or 4 48.3; int8 48.8, 56.7, 53.
     """
     wide = max(q.shape[-1], v_cache.shape[-1]) > 128
+    if wide and v_cache.dtype != q.dtype:
+        return 32  # 64 spill
     return 128 if is_hopper(q) and page % 64 and not wide and v_cache.dtype == q.dtype else 64
 
 

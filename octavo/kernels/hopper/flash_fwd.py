@@ -692,10 +692,8 @@ def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: A
     reason = refuses_inputs(q, v, spec, t)
     if reason is not None:
         return reason
-    if (t.cu_seqlens_q is None) != (t.cu_seqlens_k is None):
-        return "it takes cu_seqlens_q and cu_seqlens_k together"
-    if t.cu_seqlens_q is not None and _width(q.shape[-1]) != _width(v.shape[-1]):
-        return "its packed calls with values narrower than keys are not proved: one ended in an illegal access"
+    if t.cu_seqlens_q is not None or t.cu_seqlens_k is not None:
+        return RAGGED_FAULT
     if k.numel() == 0:
         return "there are no keys"
     batch, len_q, len_k = _sizes(q, k, t)

@@ -73,7 +73,7 @@ def main() -> None:
     results: dict[str, Any] = {"model": Path(arguments.directory).name, "import_octavo_s": import_seconds()}
     with tempfile.TemporaryDirectory() as empty:
         caches = {name: str(Path(empty) / name) for name in CACHES}
-        for run in ("cold", "warm", "warm again"):
+        for run in ("cold", "warm"):
             results[run] = first_token(arguments.directory, arguments.device, caches)
             print(run, json.dumps(results[run]), flush=True)
     if arguments.json:

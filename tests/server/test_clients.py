@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,16 @@ def client(command, seconds=200, expect=0, **environment):
     """What a client printed; a test fails with all of it when the client does."""
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
     env = {**os.environ, **quiet, "PYTHONWARNINGS": "ignore", **environment}
-    done = subprocess.run(
-        [PYTHON, *map(str, command)], capture_output=True, text=True, timeout=seconds, env=env, check=False
-    )
+    with tempfile.TemporaryDirectory() as away:  # some leave files where they run
+        done = subprocess.run(
+            [PYTHON, *map(str, command)],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            env=env,
+            check=False,
+            cwd=away,
+        )
     assert done.returncode == expect, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 

@@ -30,7 +30,7 @@ def poisoned(lengths, page, *shape, dtype=BF16, seed=0):
     counts = [-(-n // page) for n in lengths]
     order = torch.randperm(sum(counts) + 3, generator=generator, device="cuda").tolist()
     table = torch.full((len(lengths), max(counts) + 2), 2**31 - 1, dtype=torch.int32)
-    cache = torch.full((len(order), page, *shape), torch.nan, device="cuda", dtype=dtype)
+    cache = torch.full((1 + len(order), page, *shape), torch.nan, device="cuda", dtype=dtype)[1:]
     for b, length in enumerate(lengths):
         for i in range(counts[b]):
             table[b, i] = block = order.pop()

@@ -442,6 +442,10 @@ def refuses_mla_decode(
         return "it takes caches whose tokens are a whole number of 16-byte rows apart"
     if kv_cache.data_ptr() % 16:
         return "it takes caches that begin on 16 bytes"
+    if kv_cache.storage_offset() < min(page, BLOCK.value) * kv_cache.stride(1):
+        return (
+            "its TMA descriptors begin a page before the cache: allocate one spare block before it, as octavo.nn does"
+        )
     rows = t.max_seqlen_q * q.shape[-2]
     if t.cu_seqlens_q is None or rows > MAX_ROWS:
         return f"it takes packed queries of up to {MAX_ROWS} rows (tokens × heads) a sequence, not {rows}"
@@ -469,7 +473,12 @@ _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank
 
 
 def _descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Boxes (1, rows, columns) over axes (row, row, column), as `load_block` addresses them."""
+    """Boxes (1, rows, columns) over axes (row, row, column), as `load_block` addresses them.
+
+    The base lies `rows` rows before the cache. Nothing is read there, yet such a base outside of any allocation is the
+    suspect in an illegal access of other kernels (docs/log/hopper_train.md), so `refuses_mla_decode` asks that the
+    memory be the cache's own.
+    """
     stride = cache.stride(1)
     descriptor = TensorDescriptor.__new__(TensorDescriptor)  # its own checks cost 25 µs
     descriptor.base = _Rows(cache, rows * stride * cache.element_size())

@@ -18,7 +18,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.hopper.backward_kernel import backward_kernel
 from octavo.kernels.hopper.backward_rows import finish_kernel, prepare_kernel
-from octavo.kernels.hopper.backward_wide_kernel import backward_wide_kernel
 from octavo.kernels.hopper.dkdv_kernel import dkdv_kernel
 from octavo.kernels.hopper.flash_fwd import (
     LOG2E,
@@ -56,7 +55,6 @@ TILES = {
     (256, 128): Tile(dkdv_kernel, 64, 64, 2, 2, 0),
     (256, 256): Tile(dkdv_kernel, 64, 64, 2, 2, 0),
 }
-WIDE = Tile(backward_wide_kernel, 64, 64, 2, 2, 64)
 _SUMS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 
 

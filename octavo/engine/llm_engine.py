@@ -96,9 +96,8 @@ class LLMEngine:
         if on_gpu if run_ahead is None else run_ahead:
             graphs = DecodeGraphs(model, cache, **bounds, record=on_gpu and cuda_graphs)
         self.runner = ModelRunner(model, cache, sampler, **bounds, decode_graphs=graphs)
-        self._in_flight: deque[tuple[SchedulerOutput, StepInFlight]] = (
-            deque()
-        )  # launched and not recorded, oldest first
+        # launched and not recorded, oldest first
+        self._in_flight: deque[tuple[SchedulerOutput, StepInFlight]] = deque()
         self._live: dict[str, LiveRequest | BeamSearch] = {}
         self._attentive: set[str] = set()  # those of them that look at every token
         self.num_generated_tokens = 0  # since the start, of all requests

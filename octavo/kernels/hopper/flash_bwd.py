@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.hopper.backward_kernel import backward_kernel
 from octavo.kernels.hopper.backward_rows import finish_kernel, prepare_kernel
+from octavo.kernels.hopper.descriptors import make_descriptor
 from octavo.kernels.hopper.dkdv_kernel import dkdv_kernel
 from octavo.kernels.hopper.flash_fwd import (
     LOG2E,
@@ -29,9 +30,9 @@ from octavo.kernels.hopper.flash_fwd import (
     _width,
     refuses_inputs,
 )
-from octavo.kernels.hopper.launch import Constants, integer_key, launch, pointer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Gradients, Tensor
 from octavo.kernels.triton import flash_bwd as portable
+from octavo.kernels.triton.launch import Constants, integer_key, launch, pointer_key
 from octavo.kernels.triton.tiles import backward_tiles
 
 
@@ -247,10 +248,7 @@ def _strides(x: Tensor, varlen: bool) -> tuple[int, ...]:
 
 
 def _sums_descriptor(sums: Tensor, rows: int) -> TensorDescriptor:
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)  # as in `_descriptor`
-    descriptor.base, descriptor.shape, descriptor.strides = sums, [sums.numel() // 32, 32], [32, 1]
-    descriptor.block_shape, descriptor.layout, descriptor.padding = [rows, 32], _SUMS_LAYOUT, "zero"
-    return descriptor
+    return make_descriptor(sums, [sums.numel() // 32, 32], [32, 1], [rows, 32], _SUMS_LAYOUT)
 
 
 def _sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo.kernels.hopper.descriptors import MovedBack, make_descriptor
 from octavo.kernels.hopper.gluon_compat import (
     FIRST_BARRIER,
     KEEPS_LOOP_OPERANDS,
@@ -50,8 +51,8 @@ from octavo.kernels.hopper.gluon_compat import (
     tma_store_wait,
     unpack_pairs,
 )
-from octavo.kernels.hopper.launch import launch, pointer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
+from octavo.kernels.triton.launch import launch, pointer_key
 
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -829,20 +830,6 @@ def _readable_by_tma(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-class _MovedBack(NamedTuple):
-    """Address and dtype of a tensor some bytes earlier, in the shape that Triton's descriptors ask for."""
-
-    tensor: Tensor
-    offset: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def data_ptr(self) -> int:
-        return self.tensor.data_ptr() - self.offset
-
-
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
@@ -854,14 +841,8 @@ def _descriptor(x: Tensor, rows: int, varlen: bool, width: int = 0) -> TensorDes
     shape, strides = list(x.shape), list(x.stride())
     if 1 in shape:  # TMA checks the stride of an axis of size 1 too, and torch may hold anything there
         strides = [stride if size > 1 else shape[-1] for size, stride in zip(shape, strides, strict=True)]
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)  # its own checks cost 25 µs, four times a call
-    descriptor.block_shape, descriptor.layout = [1, rows, 1, width or _width(x.shape[-1])], _LAYOUT
-    descriptor.padding = "zero"
+    box = [1, rows, 1, width or _width(x.shape[-1])]
     if varlen:
-        descriptor.base = _MovedBack(x, rows * strides[0] * x.element_size())
-        descriptor.shape = [shape[0] + 1, rows, *shape[1:]]
-        descriptor.strides = [strides[0], *strides[:-1], 1]
-    else:
-        strides[-1] = 1
-        descriptor.base, descriptor.shape, descriptor.strides = x, shape, strides
-    return descriptor
+        base = MovedBack(x, rows * strides[0] * x.element_size())
+        return make_descriptor(base, [shape[0] + 1, rows, *shape[1:]], [strides[0], *strides[:-1], 1], box, _LAYOUT)
+    return make_descriptor(x, shape, [*strides[:-1], 1], box, _LAYOUT)

@@ -14,7 +14,6 @@ leaves pieces in fp32, which `combine_kernel` weighs by exp(LSE_piece − LSE).
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -28,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo.kernels.hopper.descriptors import MovedBack, make_descriptor
 from octavo.kernels.hopper.gluon_compat import (
     reinterpret,
     scale_unless_one,
@@ -35,10 +35,10 @@ from octavo.kernels.hopper.gluon_compat import (
     wait_for_earlier_kernel,
     warps_sync,
 )
-from octavo.kernels.hopper.launch import integer_key, launch, pointer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
 from octavo.kernels.triton.flash_fwd import num_processors
+from octavo.kernels.triton.launch import integer_key, launch, pointer_key
 from octavo.kernels.triton.paged_decode import combine
 
 LN2 = gl.constexpr(0.6931471805599453)
@@ -455,20 +455,6 @@ def refuses_mla_decode(
     return f"it does not take {', '.join(given)}" if given else None
 
 
-class _Rows(NamedTuple):
-    """Address and dtype of a tensor some bytes earlier, in the shape that Triton's descriptors ask for."""
-
-    tensor: Tensor
-    offset: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def data_ptr(self) -> int:
-        return self.tensor.data_ptr() - self.offset
-
-
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
 
@@ -480,12 +466,9 @@ def _descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
     memory be the cache's own.
     """
     stride = cache.stride(1)
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)  # its own checks cost 25 µs
-    descriptor.base = _Rows(cache, rows * stride * cache.element_size())
-    descriptor.shape = [(cache.shape[0] - 1) * (cache.stride(0) // stride) + cache.shape[1] + 1, rows, cache.shape[2]]
-    descriptor.strides = [stride, stride, 1]
-    descriptor.block_shape, descriptor.layout, descriptor.padding = [1, rows, columns], _LAYOUT, "zero"
-    return descriptor
+    num_rows = (cache.shape[0] - 1) * (cache.stride(0) // stride) + cache.shape[1]
+    base = MovedBack(cache, rows * stride * cache.element_size())
+    return make_descriptor(base, [num_rows + 1, rows, cache.shape[2]], [stride, stride, 1], [1, rows, columns], _LAYOUT)
 
 
 def plan_mla_decode(

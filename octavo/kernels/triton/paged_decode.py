@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo.kernels.hopper.launch import Constants, integer_key, launch, pointer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
 from octavo.kernels.triton.flash_fwd import capability, contiguous_rows, is_hopper, lacks_fp8, num_processors
+from octavo.kernels.triton.launch import Constants, integer_key, launch, pointer_key
 from octavo.kernels.triton.scores import LN2, LOG2E, sequence, tanh
 
 PROGRAMS = 2  # that run on a processor at a time
@@ -358,9 +358,8 @@ def num_parts(heads: int, programs: int) -> int:
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0,
-    block_n: int = 0, stages: int = 0, per_sm: int = PROGRAMS,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
+) -> tuple[Tensor, Tensor]:
     """q (T, Hq, D) packed by `cu_seqlens_q` or (B, Sq, Hq, D) over caches (num_blocks, block_size, Hkv, D or Dv)."""
     assert t.block_table is not None
     assert t.seqused_k is not None
@@ -375,10 +374,8 @@ def paged_attention(
         return out.zero_(), lse.fill_(-torch.inf)
     group = heads_q // heads
     block_m = power_of_2(max_q * group)
-    block_n = block_n or keys_of_block(q, v_cache, page)
-    stages = stages or (5 if t.k_scale is not None else 3)
     early = early_launch_options(q.device)
-    parts = num_parts(heads, per_sm * num_processors(q.device))
+    parts = num_parts(heads, PROGRAMS * num_processors(q.device))
     places = 2 * parts * heads * block_m
     partials = (
         torch.empty(places * v_cache.shape[-1], dtype=torch.float32, device=q.device),
@@ -397,7 +394,7 @@ def paged_attention(
     constants = (
         ("GROUP", group), ("PAGE_SIZE", page), ("HEAD_DIM", q.shape[-1]), ("HEAD_DIM_V", v_cache.shape[-1]),
         ("BLOCK_D", power_of_2(q.shape[-1])), ("BLOCK_DV", power_of_2(v_cache.shape[-1])), ("BLOCK_M", block_m),
-        ("BLOCK_N", block_n), ("BLOCK_B", 128 if batch <= 128 else 1024), ("PDL", early["PDL"]),
+        ("BLOCK_N", keys_of_block(q, v_cache, page)), ("BLOCK_B", 128 if batch <= 128 else 1024), ("PDL", early["PDL"]),
     )  # fmt: skip
     optional = (q, k_cache, v_cache, t.k_scale, t.v_scale, t.learnable_sink, t.cu_seqlens_q, t.seqused_k, t.block_table)
     pointers = tuple(None if x is None else pointer_key(x) for x in optional)
@@ -409,7 +406,7 @@ def paged_attention(
         constants,
         key,
         num_warps=4,
-        num_stages=stages,
+        num_stages=3 if t.k_scale is None else 5,
         launch_pdl=early["PDL"],
     )
     combine(out, lse, partials, t, early, (batch, heads, max_q, block_m), lse_strides)

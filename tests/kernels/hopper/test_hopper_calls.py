@@ -7,8 +7,8 @@ pytest.importorskip("triton", reason="the Hopper kernels are written in Triton's
 
 from octavo.kernels.hopper import flash_bwd, flash_fwd, paged_prefill
 from octavo.kernels.hopper.flash_fwd import _descriptor, _readable_by_tma, refuses_flash_fwd
-from octavo.kernels.hopper.launch import integer_key
 from octavo.kernels.spec import AttentionSpec, AttentionTensors
+from octavo.kernels.triton.launch import integer_key
 
 CAUSAL = AttentionSpec(0.125, window_right=0)
 NO_TENSORS = AttentionTensors()

@@ -7,7 +7,9 @@ that both engines do the same work: a mixture of experts routes almost all token
 expert weights are never read. `--weights normal` (std 0.02, norms 1) routes to all.
 
 256 requests of 100 to 1024 prompt tokens and 100 to 1024 output tokens (seed 0), temperature 0.6, no end token, no
-prefix cache; twice, since the first run may still compile. Then one request of 128 tokens in, 256 out, greedy.
+prefix cache; twice, since the first run may still compile. Then one request of 128 tokens in, 256 out, greedy; the time
+to the first token of a prompt that fills the context (8k tokens at most), beside what its matrix products and attention
+take; and the gaps between the tokens of 32 streams while such prompts come.
 `--profile FILE` adds the share of the time in which the GPU is busy, over 100 steps of the batch, from torch's
 profiler, the kernels that take it, and a timeline that Perfetto and chrome://tracing show.
 """
@@ -18,9 +20,10 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 Workload = list[tuple[list[int], int]]  # prompt, tokens to produce
 
@@ -37,6 +40,53 @@ def make_single() -> Workload:
     return [([rng.randint(0, 10000) for _ in range(128)], 256)]
 
 
+def max_model_len(directory: str) -> int:
+    """8192, or the model's context if that is less: room for a prompt of 8k tokens."""
+    context = json.loads((Path(directory) / "config.json").read_text())["max_position_embeddings"]
+    return min(8192, int(context))
+
+
+class Clock:
+    """Seconds by phase since the last `take`."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    def watch(self, owner: Any, method: str, phase: str) -> None:
+        """Adds what `owner.method` takes to `phase`."""
+        original: Callable[..., Any] = getattr(owner, method)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return original(*args, **options)
+            finally:
+                self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+        setattr(owner, method, timed)
+
+    def take(self) -> dict[str, float]:
+        taken, self._seconds = self._seconds, {}
+        return taken
+
+
+class Step(NamedTuple):
+    """One step of the engine, in seconds. rows: sequences of the step that it launched."""
+
+    rows: int
+    prefills: bool
+    seconds: float
+    phases: dict[str, float]
+
+    @property
+    def host(self) -> float:
+        return self.seconds - self.waited
+
+    @property
+    def waited(self) -> float:
+        return self.phases.get("wait", 0.0)
+
+
 class Octavo:
     """Our engine, with a clock around what a step does on the host."""
 
@@ -49,11 +99,11 @@ class Octavo:
             arguments.directory,
             load_format="dummy",
             skip_tokenizer_init=True,
-            max_model_len=4096,
+            max_model_len=max_model_len(arguments.directory),
             max_num_seqs=arguments.seqs,
             enable_prefix_caching=False,
             kv_cache_memory=arguments.kv_cache_memory,
-            device="cuda",
+            device=arguments.device,
         )
         if arguments.weights == "uniform":
             with torch.inference_mode():
@@ -63,29 +113,42 @@ class Octavo:
 
     def _watch(self) -> None:
         """Times each step, and within it the wait for the device: what remains is the host's work."""
-        from octavo.engine.model_runner import StepInFlight
+        from octavo.engine.transfer import Readback
 
-        self.steps: list[tuple[int, float, float]] = []  # sequences in flight, seconds of the step, and of its wait
-        waited = [0.0]
-        wait, step = StepInFlight.wait, self.llm.engine.step
+        self.steps: list[Step] = []
+        engine, clock = self.llm.engine, Clock()
+        scheduler, runner = engine.scheduler, engine.runner
+        for owner, method, phase in (
+            (scheduler, "schedule", "schedule"),
+            (scheduler, "schedule_ahead", "schedule"),
+            (runner, "_batch", "build the batch"),
+            (runner, "_decode", "launch the graph"),
+            (runner.sampler, "draw", "sample"),
+            (runner, "launch", "launch in all"),
+            (Readback, "_wait_for_device", "wait"),
+            (scheduler, "update", "update"),
+            (engine, "_record", "record"),
+        ):
+            clock.watch(owner, method, phase)
+        step, launch = engine.step, runner.launch
+        launched: list[Any] = []
 
-        def timed_wait(flight: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return wait(flight)
-            finally:
-                waited[0] += time.perf_counter() - start
+        def noted_launch(output: Any, *args: Any) -> Any:
+            launched.append(output.scheduled)
+            return launch(output, *args)
 
         def timed_step() -> Any:
-            waited[0], start = 0.0, time.perf_counter()
+            clock.take()
+            launched.clear()
+            start = time.perf_counter()
             outputs = step()
-            flights = self.llm.engine.scheduler.in_flight
-            rows = len(flights[-1].scheduled) if flights else 0
-            self.steps.append((rows, time.perf_counter() - start, waited[0]))
+            seconds = time.perf_counter() - start
+            scheduled = launched[-1] if launched else ()
+            prefills = any(entry.num_new_tokens > 1 for entry in scheduled)
+            self.steps.append(Step(len(scheduled), prefills, seconds, clock.take()))
             return outputs
 
-        StepInFlight.wait = timed_wait  # type: ignore[method-assign]
-        self.llm.engine.step = timed_step  # type: ignore[method-assign]
+        runner.launch, engine.step = noted_launch, timed_step  # type: ignore[method-assign]
 
     def run(self, workload: Workload, temperature: float) -> None:
         from octavo import SamplingParams
@@ -97,18 +160,63 @@ class Octavo:
         outputs = self.llm.generate([prompt for prompt, _ in workload], params, use_tqdm=False)
         assert [len(o.outputs[0].token_ids) for o in outputs] == [length for _, length in workload]
 
-    def host_work(self, at_least: int) -> dict[str, float]:
-        """Microseconds of the host per step that has `at_least` sequences, without its waiting: median and 99th
-        percentile; and the share of the time in which it waited, so that the device was never short of work."""
-        chosen = [(step - waited, waited > 20e-6) for rows, step, waited in self.steps if rows >= at_least]
+    def host_work(self, at_least: int) -> dict[str, Any]:
+        """Microseconds of the host per step that decodes `at_least` sequences, without its waiting: median, 99th
+        percentile, and means by phase; and the share of steps that waited, so that the device was never short of
+        work."""
+        chosen = [step for step in self.steps if step.rows >= at_least and not step.prefills]
         if len(chosen) < 2:
             return {}
-        work = sorted(seconds for seconds, _ in chosen)
+        host = sorted(step.host for step in chosen)
+        phases = {name: 0.0 for step in chosen for name in step.phases}
+        for name in phases:
+            phases[name] = round(statistics.mean(step.phases.get(name, 0.0) for step in chosen) * 1e6, 1)
         return {
-            "host_us_median": round(statistics.median(work) * 1e6),
-            "host_us_p99": round(work[int(len(work) * 0.99)] * 1e6),
-            "steps_that_waited": round(sum(waits for _, waits in chosen) / len(chosen), 4),
+            "steps": len(chosen),
+            "host_us_median": round(statistics.median(host) * 1e6),
+            "host_us_p99": round(host[int(len(host) * 0.99)] * 1e6),
+            "steps_that_waited": round(sum(step.waited > 20e-6 for step in chosen) / len(chosen), 4),
+            "mean_us_by_phase": phases,
         }
+
+    def prefill_work(self) -> dict[str, float]:
+        """Milliseconds of the steps that compute prompts, and of the host in them."""
+        chosen = [step for step in self.steps if step.prefills]
+        if not chosen:
+            return {}
+        return {
+            "steps": len(chosen),
+            "ms_mean": round(statistics.mean(step.seconds for step in chosen) * 1e3, 2),
+            "host_ms_mean": round(statistics.mean(step.host for step in chosen) * 1e3, 2),
+        }
+
+    def token_gaps(self, length: int) -> dict[str, float]:
+        """Milliseconds between the tokens of 32 streams, while four prompts of `length` tokens are computed beside
+        them, one each 64 steps."""
+        from octavo import SamplingParams
+
+        engine, rng = self.llm.engine, Random(3)
+
+        def add(name: str, tokens: int, out: int) -> None:
+            params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=out, detokenize=False)
+            engine.add_request(name, [rng.randint(0, 10000) for _ in range(tokens)], params)
+
+        for i in range(32):
+            add(f"stream {i}", 128, 300)
+        for _ in range(20):
+            engine.step()
+        gaps = []
+        for i in range(256):
+            if i % 64 == 0:
+                add(f"long {i}", length, 1)
+            start = time.perf_counter()
+            engine.step()
+            gaps.append(time.perf_counter() - start)
+        while engine.has_unfinished():
+            engine.step()
+        gaps.sort()
+        quantiles = {"median": gaps[128], "p99": gaps[253], "max": gaps[255]}
+        return {"prompt_tokens": length} | {name: round(gap * 1e3, 2) for name, gap in quantiles.items()}
 
     def profile(self, workload: Workload, path: Path) -> dict[str, Any]:
         """The GPU's busy share over 100 steps in the middle of the batch, and the ten kernels that take most."""
@@ -168,7 +276,7 @@ class VLLM:
             arguments.directory,
             load_format="dummy",
             skip_tokenizer_init=True,
-            max_model_len=4096,
+            max_model_len=max_model_len(arguments.directory),
             max_num_seqs=arguments.seqs,
             gpu_memory_utilization=0.9,
             kv_cache_memory_bytes=arguments.kv_cache_memory,
@@ -200,6 +308,48 @@ def time_to_first_token(engine: Octavo | VLLM, length: int) -> float:
     return statistics.median(times[1:])
 
 
+def prefill_floor(engine: Octavo, length: int) -> dict[str, float]:
+    """Milliseconds on this card of a prompt's matrix products, each layer's shapes multiplied by torch, and of causal
+    attention over it by cuDNN; for models of plain layers."""
+    import torch
+    from torch.nn import functional
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model = engine.llm.engine.model
+    layer, config = model.layers[0], model.config
+    weights = [module.weight for module in layer.modules() if type(module).__name__ == "Linear"]
+    inputs = [torch.randn(length, weight.shape[1], dtype=weight.dtype, device=weight.device) for weight in weights]
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    q, k, v = (torch.randn(1, h, length, config.head_dim, dtype=model.dtype, device=model.device) for h in heads)
+
+    def products() -> None:
+        for x, weight in zip(inputs, weights, strict=True):
+            functional.linear(x, weight)
+
+    def attention() -> None:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    with torch.inference_mode():
+        times = [config.num_layers * seconds_on_device(call) * 1e3 for call in (products, attention)]
+    return {"products": round(times[0], 2), "attention": round(times[1], 2), "sum": round(sum(times), 2)}
+
+
+def seconds_on_device(call: Callable[[], None]) -> float:
+    """Median of ten calls, after three."""
+    import torch
+
+    times = []
+    for _ in range(13):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[3:])
+
+
 def measure(engine_class: type[Octavo] | type[VLLM], arguments: argparse.Namespace) -> dict[str, Any]:
     workload, single = make_workload(arguments.seqs), make_single()
     start = time.perf_counter()
@@ -218,15 +368,22 @@ def measure(engine_class: type[Octavo] | type[VLLM], arguments: argparse.Namespa
         print(json.dumps(result), flush=True)
     if isinstance(engine, Octavo):
         result["at_full_batch"] = engine.host_work(int(arguments.seqs * 0.9))
+        result["prefill_steps"] = engine.prefill_work()
         engine.steps.clear()
     seconds_of(engine, single, 0.0)
     result["single_ms_per_token"] = round(min(seconds_of(engine, single, 0.0) for _ in range(3)) / 256 * 1e3, 4)
-    result["ttft_of_4000_tokens_ms"] = round(time_to_first_token(engine, 4000) * 1e3, 2)
+    long = max_model_len(arguments.directory) - 1
     if isinstance(engine, Octavo):
         result["alone"] = engine.host_work(1)
+    print(json.dumps(result), flush=True)
+    result["first_token_ms"] = {"prompt_tokens": long, "ms": round(time_to_first_token(engine, long) * 1e3, 2)}
+    if isinstance(engine, Octavo):
+        result["token_gaps_ms"] = engine.token_gaps(long)
         memory = engine.llm.engine.device_memory()
         result["memory"] = None if memory is None else memory.to_dict()
         result["kv_cache_blocks"] = engine.llm.engine.config.num_blocks
+        if arguments.device == "cuda" and engine.llm.engine.model.config.moe is None:
+            result["first_token_floor_ms"] = prefill_floor(engine, long)
         if arguments.profile:
             result["profile"] = engine.profile(workload, Path(arguments.profile))
     print(json.dumps(result), flush=True)
@@ -237,7 +394,8 @@ def environment() -> dict[str, str]:
     import torch
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {**versions, "gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {**versions, "gpu": gpu, "date": time.strftime("%Y-%m-%d")}
 
 
 def main() -> None:
@@ -248,6 +406,7 @@ def main() -> None:
     parser.add_argument("--seqs", type=int, default=256)
     parser.add_argument("--batches", type=int, choices=[1, 2], default=2, help="how often to run the batch")
     parser.add_argument("--kv-cache-memory", type=int, help="bytes; default what is free")
+    parser.add_argument("--device", default="cuda", help="cpu: to try this script, with --engine octavo")
     parser.add_argument("--profile", help="where to write a timeline")
     parser.add_argument("--json")
     arguments = parser.parse_args()

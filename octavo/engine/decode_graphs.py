@@ -6,8 +6,11 @@ step to step lies in buffers that stay where they are: every sequence in the run
 table and its newest token on the device. A step sends one small array that names the slots, positions and cache places
 of its rows and the few table entries that are new; the graph gathers the rest by itself.
 
+The graph draws too, by temperature alone, and keeps the token for its slot: nothing stands between a step and the next
+one then. Rows that want more (top_p, penalties, …) are drawn again outside, from the logits that the graph leaves.
+
 Graphs exist for some batch sizes; a batch runs on the next larger one, its spare rows on an empty slot that no sequence
-has. Sampling is not part of the graph: it works on the logits that the graph leaves.
+has.
 """
 
 from bisect import bisect_left
@@ -18,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from octavo import ops
 from octavo.engine.kv_cache import PagedKVCache
 from octavo.engine.transfer import to_device
 from octavo.models.causal_lm import CausalLM
@@ -25,7 +29,8 @@ from octavo.ops.metadata import AttentionMetadata
 
 Tensor = torch.Tensor
 
-_SLOT, _POSITION, _PLACE, _LENGTH, _ENTRY_SLOT, _ENTRY_COLUMN, _ENTRY_BLOCK, _NUM_FIELDS = range(8)
+_SLOT, _POSITION, _PLACE, _LENGTH, _ENTRY_SLOT, _ENTRY_COLUMN, _ENTRY_BLOCK = range(7)
+_SEED, _DRAW, _TEMPERATURE, _NUM_FIELDS = range(7, 11)
 
 
 class TableEntries(NamedTuple):
@@ -37,6 +42,15 @@ class TableEntries(NamedTuple):
 
 
 _NO_ENTRIES = TableEntries(*(np.empty(0, dtype=np.int64) for _ in range(3)))
+
+
+class PlainDraws(NamedTuple):
+    """What each of B rows is drawn with, if by nothing but a temperature: fp32, 0 for the likeliest token; int64 seeds;
+    int64 numbers of tokens drawn before."""
+
+    temperatures: NDArray[np.float32]
+    seeds: NDArray[np.int64]
+    positions: NDArray[np.int64]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -54,6 +68,7 @@ class DecodeGraphs:
         record: False runs each step eagerly through the same buffers: on a CPU, and to compare.
 
     last_tokens: (max_num_seqs + 1,) int64, the newest token of each slot, on the device; whoever samples writes it.
+    draws: whether steps draw; on a CPU the sampler does.
     """
 
     def __init__(
@@ -65,13 +80,19 @@ class DecodeGraphs:
         max_blocks = -(-max_model_len // kv_cache.block_size)
         self._tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        self.draws = device.type == "cuda"
+        self._no_limits = {  # neither top_k nor top_p nor min_p
+            "top_k": torch.zeros(max_num_seqs, dtype=torch.int32, device=device),
+            "top_p": torch.ones(max_num_seqs, device=device),
+            "min_p": torch.zeros(max_num_seqs, device=device),
+        }
         self._cu_seqlens = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self._fields = torch.zeros(_NUM_FIELDS, max_num_seqs, dtype=torch.int64, device=device)
         # two, because the copy of the step in flight may not have read its own yet
         pinned = device.type == "cuda"
         self._staging = [torch.zeros(_NUM_FIELDS, max_num_seqs, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self.sizes = graph_sizes(max_num_seqs)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]] = {}
         if record:
             self.record(self.sizes)
 
@@ -81,8 +102,10 @@ class DecodeGraphs:
         positions: NDArray[np.int64],
         places: NDArray[np.int64],
         entries: TableEntries,
-    ) -> Tensor:
-        """One decode step: logits (B, vocab) fp32, valid until the next run.
+        plain: PlainDraws | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One decode step: logits (B, vocab) fp32, and with `plain`, where steps draw, the tokens (B,) int64, which are
+        kept in `last_tokens` then; both valid until the next run.
 
         Row i continues the sequence in slots[i] by its newest token, at positions[i], stored at places[i] of the cache;
         `entries` are those of its table and others' that are new.
@@ -93,11 +116,16 @@ class DecodeGraphs:
             self._tables.index_put_(*self._send(entries))
             entries = _NO_ENTRIES
         self._stage(count, size, slots, positions, places, entries)
-        if size not in self._graphs:
-            return self._step(size)[:count]
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:count]
+        if plain is not None:
+            self._stage_draws(count, plain)
+        self._fields.copy_(self._staging[0], non_blocking=True)
+        self._staging.reverse()
+        if size in self._graphs:
+            graph, logits, tokens = self._graphs[size]
+            graph.replay()
+        else:
+            logits, tokens = self._step(size)
+        return logits[:count], None if plain is None or tokens is None else tokens[:count]
 
     def slots(self, count: int) -> Tensor:
         """(count,) int64 on the device: the slots of the last run's rows."""
@@ -116,7 +144,7 @@ class DecodeGraphs:
         places: NDArray[np.int64],
         entries: TableEntries,
     ) -> None:
-        """Fills the fields of `size` rows, spare rows with those of the empty slot, and sends them."""
+        """Fills the fields of `size` rows, spare rows with those of the empty slot."""
         fields, new = self._staging[0].numpy(), len(entries.slots)
         fields[_SLOT, :count], fields[_SLOT, count:size] = slots, self._empty_slot
         fields[_POSITION, :count], fields[_POSITION, count:size] = positions, 0
@@ -127,18 +155,22 @@ class DecodeGraphs:
         fields[_ENTRY_COLUMN, :new], fields[_ENTRY_COLUMN, new:size] = entries.columns, 0
         blocks = fields[_ENTRY_BLOCK].view(np.int32)
         blocks[:new], blocks[new:size] = entries.blocks, 0
-        self._fields.copy_(self._staging[0], non_blocking=True)
-        self._staging.reverse()
+
+    def _stage_draws(self, count: int, plain: PlainDraws) -> None:
+        fields = self._staging[0].numpy()
+        fields[_SEED, :count], fields[_DRAW, :count] = plain.seeds, plain.positions
+        fields[_TEMPERATURE].view(np.float32)[:count] = plain.temperatures
 
     def _send(self, entries: TableEntries) -> tuple[tuple[Tensor, Tensor], Tensor]:
         device = self._tables.device
         slots, columns, blocks = (to_device(array, device) for array in entries)
         return (slots, columns), blocks.int()
 
-    def _step(self, size: int) -> Tensor:
-        """What a graph of `size` rows records: nothing here depends on values on the host."""
+    def _step(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """Logits, and tokens where steps draw. What a graph of `size` rows records: nothing here depends on values on
+        the host."""
         fields = self._fields[:, :size]
-        slots, positions, places, _, entry_slots, entry_columns, _ = fields.unbind()
+        slots, positions, places, _, entry_slots, entry_columns, _, seeds, draws, _ = fields.unbind()
         lengths, entry_blocks = (self._fields[field].view(torch.int32)[:size] for field in (_LENGTH, _ENTRY_BLOCK))
         self._tables.index_put_((entry_slots, entry_columns), entry_blocks)
         metadata = AttentionMetadata(
@@ -150,7 +182,14 @@ class DecodeGraphs:
             max_seqlen_k=self._max_model_len,
         )
         hidden = self._model(self.last_tokens[slots], positions, self._kv_cache.layers, metadata)
-        return self._model.compute_logits(hidden)
+        logits = self._model.compute_logits(hidden)
+        if not self.draws:
+            return logits, None
+        temperatures = self._fields[_TEMPERATURE].view(torch.float32)[:size]
+        limits = {name: limit[:size] for name, limit in self._no_limits.items()}
+        tokens = ops.sample_on_device(logits, temperatures, **limits, seeds=seeds, positions=draws, truncates=False)
+        self.last_tokens.index_copy_(0, slots, tokens)
+        return logits, tokens
 
     @torch.inference_mode()
     def record(self, sizes: list[int]) -> None:
@@ -159,12 +198,13 @@ class DecodeGraphs:
         while a graph is recorded."""
         nothing = np.empty(0, dtype=np.int64)
         self._stage(0, self.sizes[-1], nothing, nothing, nothing, _NO_ENTRIES)
+        self._fields.copy_(self._staging[0])
         pool = None
         for size in tqdm(sizes[::-1], "Recording decode graphs", delay=1.0, leave=False):
             self._step(size)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits = self._step(size)
+                logits, tokens = self._step(size)
             pool = graph.pool()
-            self._graphs[size] = graph, logits
+            self._graphs[size] = graph, logits, tokens
         torch.cuda.synchronize(self._tables.device)

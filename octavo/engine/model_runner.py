@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.engine.decode_graphs import DecodeGraphs, TableEntries
+from octavo.engine.decode_graphs import DecodeGraphs, PlainDraws, TableEntries
 from octavo.engine.kv_cache import PagedKVCache
 from octavo.engine.outputs import Logprob
 from octavo.engine.request import Sequence
@@ -176,8 +176,9 @@ class ModelRunner:
         batch = self._batch(output)
         self._steady = None  # what a step that fails leaves behind is not to be built upon
         prompt_logprobs: tuple[PromptChunkLogprobs, ...] = ()
+        tokens: torch.Tensor | None = None
         if batch.decodes:
-            logits = self._decode(batch)
+            logits, tokens = self._decode(batch, plain=not token_bitmasks)
         else:
             hidden = self.model(*self._tensors(batch))
             prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
@@ -186,9 +187,12 @@ class ModelRunner:
                 self._sampled = set()
                 return StepInFlight(self.sampler, None, prompt_logprobs)
             logits = self.model.compute_logits(self._sampled_rows(batch, hidden))
-        drawn = self.sampler.draw(logits, scheduled, token_bitmasks)
+        if tokens is None:
+            drawn = self.sampler.draw(logits, scheduled, token_bitmasks)
+        else:
+            drawn = DrawnTokens(tokens, None, None)
         if self._graphs is not None:
-            self._keep_tokens(self._graphs, batch, drawn.tokens)
+            self._keep_tokens(self._graphs, batch, drawn.tokens, kept=tokens is not None)
         self._steady = batch if batch.decodes else None
         return StepInFlight(self.sampler, drawn, prompt_logprobs, None if self._graphs else self._steady)
 
@@ -218,13 +222,16 @@ class ModelRunner:
         assert not seq.num_pending_tokens, "a token that is not known was left on the device"
         return seq.token_ids[start : start + entry.num_new_tokens]
 
-    def _decode(self, batch: Batch) -> torch.Tensor:
-        """Logits (B, vocab) of a step of decodes."""
+    def _decode(self, batch: Batch, *, plain: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (B, vocab) of a step of decodes, and the tokens where the graph draws them, which takes `plain`."""
         if self._graphs is None:
-            return self.model.compute_logits(self.model(*self._tensors(batch)))
+            return self.model.compute_logits(self.model(*self._tensors(batch))), None
         slots, positions = self._tables.slots, batch.starts
         self._send_tokens(self._graphs, slots, batch.token_ids)
-        return self._graphs.run(slots, positions, self._places(slots, positions), self._tables.unsent())
+        draws = None
+        if plain and self._graphs.draws and (rows := self.sampler.plain_rows(batch.scheduled)) is not None:
+            draws = PlainDraws(rows.temperatures, rows.seeds, positions + 1 - rows.num_prompt_tokens)
+        return self._graphs.run(slots, positions, self._places(slots, positions), self._tables.unsent(), draws)
 
     def _send_tokens(self, graphs: DecodeGraphs, slots: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Tokens that the device does not have: of candidates that forked from a prompt."""
@@ -232,8 +239,8 @@ class ModelRunner:
         if known.any():
             graphs.last_tokens[to_device(slots[known], self._device)] = to_device(token_ids[known], self._device)
 
-    def _keep_tokens(self, graphs: DecodeGraphs, batch: Batch, tokens: torch.Tensor) -> None:
-        """Leaves each sequence's new token where the next step finds it."""
+    def _keep_tokens(self, graphs: DecodeGraphs, batch: Batch, tokens: torch.Tensor, *, kept: bool) -> None:
+        """Leaves each sequence's new token where the next step finds it; `kept`: the graph has."""
         if batch.decodes:
             slots = graphs.slots(len(batch.starts))
             if (batch.token_ids != _ON_DEVICE).any():
@@ -246,7 +253,8 @@ class ModelRunner:
                 self._sampled = set()
                 return
             slots = to_device(self._tables.slots[[i for i, _ in samples]], self._device)
-        graphs.last_tokens.index_copy_(0, slots, tokens)
+        if not kept:
+            graphs.last_tokens.index_copy_(0, slots, tokens)
 
     def _places(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """block · block_size + offset of each position in its sequence's table."""

@@ -62,6 +62,7 @@ class _Batch:
     rules: list[tuple[int, TokenRules]]
     penalised: "_PenalisedRows | None"
     random: "_RandomRows | None"
+    plain: "PlainRows | None"
 
 
 @dataclass(slots=True)
@@ -89,6 +90,15 @@ class _RandomRows:
     top_k: Tensor  # of the truncated
     top_p: Tensor
     device_parameters: dict[str, Tensor] | None  # on a GPU, of all rows of the batch
+
+
+@dataclass(frozen=True, slots=True)
+class PlainRows:
+    """Of a batch whose every row is drawn by a temperature alone (0: the likeliest token), one draw a sequence."""
+
+    temperatures: NDArray[np.float32]
+    seeds: NDArray[np.int64]
+    num_prompt_tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +181,7 @@ class Sampler:
         entries: what the scheduler wants sampled.
         token_bitmasks: by seq_id, int32 (ceil(V / 32),): only tokens whose bit is set may be drawn.
         """
-        entries = tuple(entries)
-        if entries != self._batch.entries:
-            self._batch = self._make_batch(entries)
-        batch = self._batch
+        batch = self._batch_of(tuple(entries))
         if batch.expand is not None:
             logits = logits[batch.expand]
         wished = self._raw_logprobs(logits, batch) if batch.wishes else None
@@ -183,6 +190,15 @@ class Sampler:
             self._penalties.apply(logits, penalised.rows_tensor, penalised.table_rows, penalised.penalties)
         tokens = self._draw(logits, batch)
         return DrawnTokens(tokens, None if wished is None else _drawn_logprobs(wished, tokens, batch), penalised)
+
+    def plain_rows(self, entries: tuple[ScheduledSequence, ...]) -> PlainRows | None:
+        """What these entries' tokens are drawn with, for whoever draws them in our place; None if it takes more."""
+        return self._batch_of(entries).plain
+
+    def _batch_of(self, entries: tuple[ScheduledSequence, ...]) -> _Batch:
+        if entries != self._batch.entries:
+            self._batch = self._make_batch(entries)
+        return self._batch
 
     def report(self, drawn: "DrawnTokens", token_ids: list[int]) -> SampledTokens:
         """What the scheduler records of them; `token_ids` are theirs, read back. In the order of the draws."""
@@ -237,15 +253,19 @@ class Sampler:
             for row, slot in enumerate(slots)
             if slot.num_logprobs is not None
         ]
+        penalised, random = self._penalised_rows(slots), self._random_rows(slots)
+        rules = [(row, slot.rules) for row, slot in enumerate(slots) if slot.rules is not None]
+        truncates = random is not None and (len(random.truncated) > 0 or random.log_min_p is not None)
         return _Batch(
             entries=entries,
             sequences=sequences,
             expand=expand,
             wishes=wishes,
             wish_rows=to_device(np.array([wish.row for wish in wishes], dtype=np.int64), self._device),
-            rules=[(row, slot.rules) for row, slot in enumerate(slots) if slot.rules is not None],
-            penalised=self._penalised_rows(slots),
-            random=self._random_rows(slots),
+            rules=rules,
+            penalised=penalised,
+            random=random,
+            plain=None if expand is not None or wishes or rules or penalised or truncates else _plain(slots, sequences),
         )
 
     def _keep_slots(self, sequences: list[SequenceState], candidates: list[int]) -> list[_Slot]:
@@ -347,6 +367,14 @@ class Sampler:
             temperatures = np.array([[wish.temperature] for wish in batch.wishes], dtype=np.float32)
             rows = rows / to_device(temperatures, self._device)
         return rows.log_softmax(-1)
+
+
+def _plain(slots: list[_Slot], sequences: list[SequenceState]) -> PlainRows:
+    return PlainRows(
+        temperatures=np.array([slot.numbers[_TEMPERATURE] for slot in slots], dtype=np.float32),
+        seeds=np.array([slot.seed for slot in slots], dtype=np.uint64).view(np.int64),
+        num_prompt_tokens=np.array([seq.num_prompt_tokens for seq in sequences], dtype=np.int64),
+    )
 
 
 def _drawn_logprobs(logprobs: Tensor, tokens: Tensor, batch: _Batch) -> _DrawnLogprobs:

@@ -6,10 +6,11 @@ import random
 import pytest
 import torch
 
-from octavo import BeamSearchParams, SamplingParams
+from octavo import BeamSearchParams, SamplingParams, ops
 from octavo.engine.config import EngineConfig
 from octavo.engine.decode_graphs import DecodeGraphs, graph_sizes
 from octavo.engine.llm_engine import LLMEngine
+from octavo.engine.sampler import Sampler
 
 
 @pytest.fixture
@@ -140,6 +141,32 @@ def test_a_failure_ends_the_requests_of_both_steps_in_flight(make, monkeypatch):
     assert sorted(output.request_id for output in failed) == ["a", "b", "c"]
     assert {output.outputs[0].finish_reason for output in failed} == {"error"}
     assert serve(engine, [([1, 2, 3], SamplingParams(temperature=0, max_tokens=5))]).keys() == {"0"}
+
+
+def test_steps_draw_what_the_sampler_would(make, monkeypatch):
+    """As on a GPU: rows that a temperature alone decides are drawn by the step itself, the others from its logits."""
+    original = Sampler._draw
+
+    def draw(sampler, logits, batch):
+        if (rows := batch.plain) is None:
+            return original(sampler, logits, batch)
+        vocab, count = logits.shape[1], len(logits)
+        limits = torch.full((count,), vocab), torch.ones(count), torch.zeros(count)
+        positions = torch.tensor([seq.num_sampled_tokens for seq in batch.sequences])
+        temperatures, seeds = torch.from_numpy(rows.temperatures), torch.from_numpy(rows.seeds)
+        return ops.sample_on_device(logits, temperatures, *limits, seeds, positions, truncates=False)
+
+    monkeypatch.setattr(Sampler, "_draw", draw)
+    engine = make(True)
+    engine.runner._graphs.draws = True
+    drawn = []
+    run = DecodeGraphs.run
+    monkeypatch.setattr(
+        DecodeGraphs, "run", lambda graphs, *step: (drawn.append(step[-1] is not None), run(graphs, *step))[1]
+    )
+    requests = draw_requests(7)
+    assert serve(engine, requests) == serve(make(True), requests)
+    assert set(drawn) == {True, False}
 
 
 def test_graph_sizes_reach_every_batch():

@@ -14,6 +14,7 @@ leaves pieces in fp32, which `combine_kernel` weighs by exp(LSE_piece − LSE).
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from octavo.kernels.hopper.descriptors import MovedBack, make_descriptor
+from octavo.kernels.hopper.descriptors import make_descriptor
 from octavo.kernels.hopper.gluon_compat import (
     reinterpret,
     scale_unless_one,
@@ -458,6 +459,20 @@ def refuses_mla_decode(
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
 
+class MovedBack(NamedTuple):
+    """Address and dtype of a tensor some bytes earlier, in the shape that Triton's descriptors ask for."""
+
+    tensor: Tensor
+    offset: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def data_ptr(self) -> int:
+        return self.tensor.data_ptr() - self.offset
+
+
 def _descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Boxes (1, rows, columns) over axes (row, row, column), as `load_block` addresses them.
 
@@ -467,7 +482,7 @@ def _descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """
     stride = cache.stride(1)
     num_rows = (cache.shape[0] - 1) * (cache.stride(0) // stride) + cache.shape[1]
-    base = MovedBack(cache, rows * stride * cache.element_size())
+    base: Any = MovedBack(cache, rows * stride * cache.element_size())
     return make_descriptor(base, [num_rows + 1, rows, cache.shape[2]], [stride, stride, 1], [1, rows, columns], _LAYOUT)
 
 

@@ -53,6 +53,14 @@ class PlainDraws(NamedTuple):
     positions: NDArray[np.int64]
 
 
+class GraphOutput(NamedTuple):
+    """On the device: logits (B, vocab) fp32; the tokens (B,) int64 that went in; those that were drawn, or None."""
+
+    logits: Tensor
+    inputs: Tensor
+    tokens: Tensor | None
+
+
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes to record, ascending: 1, 2, 4, 8, then every 16th up to max_num_seqs."""
     sizes = [size for size in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if size < max_num_seqs]
@@ -92,7 +100,7 @@ class DecodeGraphs:
         pinned = device.type == "cuda"
         self._staging = [torch.zeros(_NUM_FIELDS, max_num_seqs, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self.sizes = graph_sizes(max_num_seqs)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, GraphOutput]] = {}
         if record:
             self.record(self.sizes)
 
@@ -103,9 +111,9 @@ class DecodeGraphs:
         places: NDArray[np.int64],
         entries: TableEntries,
         plain: PlainDraws | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One decode step: logits (B, vocab) fp32, and with `plain`, where steps draw, the tokens (B,) int64, which are
-        kept in `last_tokens` then; both valid until the next run.
+    ) -> GraphOutput:
+        """One decode step of B rows; what it gives is valid until the next run. With `plain`, where steps draw, there
+        are tokens, which are kept in `last_tokens` then.
 
         Row i continues the sequence in slots[i] by its newest token, at positions[i], stored at places[i] of the cache;
         `entries` are those of its table and others' that are new.
@@ -121,11 +129,12 @@ class DecodeGraphs:
         self._fields.copy_(self._staging[0], non_blocking=True)
         self._staging.reverse()
         if size in self._graphs:
-            graph, logits, tokens = self._graphs[size]
+            graph, output = self._graphs[size]
             graph.replay()
         else:
-            logits, tokens = self._step(size)
-        return logits[:count], None if plain is None or tokens is None else tokens[:count]
+            output = self._step(size)
+        tokens = None if plain is None or output.tokens is None else output.tokens[:count]
+        return GraphOutput(output.logits[:count], output.inputs[:count], tokens)
 
     def slots(self, count: int) -> Tensor:
         """(count,) int64 on the device: the slots of the last run's rows."""
@@ -166,9 +175,8 @@ class DecodeGraphs:
         slots, columns, blocks = (to_device(array, device) for array in entries)
         return (slots, columns), blocks.int()
 
-    def _step(self, size: int) -> tuple[Tensor, Tensor | None]:
-        """Logits, and tokens where steps draw. What a graph of `size` rows records: nothing here depends on values on
-        the host."""
+    def _step(self, size: int) -> GraphOutput:
+        """What a graph of `size` rows records: nothing here depends on values on the host."""
         fields = self._fields[:, :size]
         slots, positions, places, _, entry_slots, entry_columns, _, seeds, draws, _ = fields.unbind()
         lengths, entry_blocks = (self._fields[field].view(torch.int32)[:size] for field in (_LENGTH, _ENTRY_BLOCK))
@@ -181,15 +189,16 @@ class DecodeGraphs:
             max_seqlen_q=1,
             max_seqlen_k=self._max_model_len,
         )
-        hidden = self._model(self.last_tokens[slots], positions, self._kv_cache.layers, metadata)
+        inputs = self.last_tokens[slots]
+        hidden = self._model(inputs, positions, self._kv_cache.layers, metadata)
         logits = self._model.compute_logits(hidden)
         if not self.draws:
-            return logits, None
+            return GraphOutput(logits, inputs, None)
         temperatures = self._fields[_TEMPERATURE].view(torch.float32)[:size]
         limits = {name: limit[:size] for name, limit in self._no_limits.items()}
         tokens = ops.sample_on_device(logits, temperatures, **limits, seeds=seeds, positions=draws, truncates=False)
         self.last_tokens.index_copy_(0, slots, tokens)
-        return logits, tokens
+        return GraphOutput(logits, inputs, tokens)
 
     @torch.inference_mode()
     def record(self, sizes: list[int]) -> None:
@@ -204,7 +213,7 @@ class DecodeGraphs:
             self._step(size)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits, tokens = self._step(size)
+                output = self._step(size)
             pool = graph.pool()
-            self._graphs[size] = graph, logits, tokens
+            self._graphs[size] = graph, output
         torch.cuda.synchronize(self._tables.device)

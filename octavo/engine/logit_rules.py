@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from octavo.engine.sampling_params import SamplingParams
+from octavo.engine.transfer import to_device
 
 if TYPE_CHECKING:
     from octavo.engine.request import Sequence as SequenceState
@@ -76,6 +77,16 @@ def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
     logits.masked_fill_(allowed.view(-1)[: len(logits)] == 0, _NEVER)
 
 
+def _with_pending(tokens: Tensor, counts: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
+    """One occurrence more of `pending` (N, 1), in a column of its own beside those of tokens and counts (N, W). A token
+    that stands in two columns has the same count in both."""
+    counts = counts + (tokens == pending)
+    known = torch.where(tokens == pending, counts, 0).amax(1, keepdim=True)
+    none = pending < 0
+    tokens = torch.cat((tokens, torch.where(none, tokens[:, :1], pending)), 1)
+    return tokens, torch.cat((counts, torch.where(none, counts[:, :1], known.clamp(min=1))), 1)
+
+
 class PenaltyTable:
     """The distinct tokens of the sequences that have penalties, a row each, with their occurrences in the output.
 
@@ -105,8 +116,16 @@ class PenaltyTable:
         self._owner[row] = None
         self._free.append(row)
 
-    def apply(self, logits: Tensor, batch_rows: Tensor, rows: NDArray[np.int64], penalties: Tensor) -> None:
-        """Changes rows `batch_rows` (N,) of `logits`; `penalties` (N, 3): presence, frequency, repetition."""
+    def apply(
+        self,
+        logits: Tensor,
+        batch_rows: Tensor,
+        rows: NDArray[np.int64],
+        penalties: Tensor,
+        pending: Tensor | None = None,
+    ) -> None:
+        """Changes rows `batch_rows` (N,) of `logits`; `penalties` (N, 3): presence, frequency, repetition. `pending`
+        (N,) int64: each sequence's newest token, when only the device knows it and it is not counted yet; −1: none."""
         for row in rows:
             seq = self._owner[row]
             assert seq is not None
@@ -114,15 +133,20 @@ class PenaltyTable:
                 self._count_afresh(row, seq)
         width = np.arange(self._lengths[rows].max())
         columns = np.where(width < self._lengths[rows, None], width, 0)  # the first token again, with the same result
-        tokens = torch.from_numpy(self._tokens[rows[:, None], columns]).to(logits.device)
-        counts = torch.from_numpy(self._counts[rows[:, None], columns]).to(logits.device)
+        tokens = to_device(self._tokens[rows[:, None], columns], logits.device)
+        counts = to_device(self._counts[rows[:, None], columns], logits.device)
+        if pending is not None:
+            tokens, counts = _with_pending(tokens, counts, pending[:, None])
         presence, frequency, repetition = penalties[:, :, None].unbind(1)
         x = logits[batch_rows[:, None], tokens]
         x = torch.where(x > 0, x / repetition, x * repetition)
         logits[batch_rows[:, None], tokens] = x - frequency * counts - presence * (counts > 0)
 
-    def record(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-        """Counts the one new token (N,) of each row."""
+    def record(self, rows: NDArray[np.int64], sequences: "list[SequenceState]", token_ids: NDArray[np.int64]) -> None:
+        """Counts the one new token (N,) of each row, if it is still that sequence's: a row may have been given on while
+        the step was in flight."""
+        still = np.fromiter([self._owner[row] is seq for row, seq in zip(rows, sequences, strict=True)], np.bool_)
+        rows, token_ids = rows[still], token_ids[still]
         columns = self._column[rows, token_ids].astype(np.int64)
         new = columns < 0
         if new.any():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.engine.decode_graphs import DecodeGraphs, PlainDraws, TableEntries
+from octavo.engine.decode_graphs import DecodeGraphs, GraphOutput, PlainDraws, TableEntries
 from octavo.engine.kv_cache import PagedKVCache
 from octavo.engine.outputs import Logprob
 from octavo.engine.request import Sequence
@@ -176,19 +176,21 @@ class ModelRunner:
         batch = self._batch(output)
         self._steady = None  # what a step that fails leaves behind is not to be built upon
         prompt_logprobs: tuple[PromptChunkLogprobs, ...] = ()
-        tokens: torch.Tensor | None = None
         if batch.decodes:
-            logits, tokens = self._decode(batch, plain=not token_bitmasks)
+            logits, inputs, tokens = self._decode(batch, plain=not token_bitmasks)
         else:
-            hidden = self.model(*self._tensors(batch))
+            arguments = self._tensors(batch)
+            hidden = self.model(*arguments)
             prompt_logprobs = self._prompt_logprobs(scheduled, hidden)
             scheduled = tuple(entry for entry in scheduled if entry.num_samples)
             if not scheduled:
                 self._sampled = set()
                 return StepInFlight(self.sampler, None, prompt_logprobs)
-            logits = self.model.compute_logits(self._sampled_rows(batch, hidden))
+            rows = self._sampled_rows(batch)
+            logits, inputs, tokens = self.model.compute_logits(hidden[rows]), arguments[0][rows], None
         if tokens is None:
-            drawn = self.sampler.draw(logits, scheduled, token_bitmasks)
+            pending = self._pending(scheduled, inputs)
+            drawn = self.sampler.draw(logits, scheduled, token_bitmasks, pending)
         else:
             drawn = DrawnTokens(tokens, None, None)
         if self._graphs is not None:
@@ -222,16 +224,25 @@ class ModelRunner:
         assert not seq.num_pending_tokens, "a token that is not known was left on the device"
         return seq.token_ids[start : start + entry.num_new_tokens]
 
-    def _decode(self, batch: Batch, *, plain: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits (B, vocab) of a step of decodes, and the tokens where the graph draws them, which takes `plain`."""
+    def _decode(self, batch: Batch, *, plain: bool) -> GraphOutput:
+        """A step of decodes; its tokens, too, where the graph draws them, which takes `plain`."""
         if self._graphs is None:
-            return self.model.compute_logits(self.model(*self._tensors(batch))), None
+            arguments = self._tensors(batch)
+            return GraphOutput(self.model.compute_logits(self.model(*arguments)), arguments[0], None)
         slots, positions = self._tables.slots, batch.starts
         self._send_tokens(self._graphs, slots, batch.token_ids)
         draws = None
         if plain and self._graphs.draws and (rows := self.sampler.plain_rows(batch.scheduled)) is not None:
             draws = PlainDraws(rows.temperatures, rows.seeds, positions + 1 - rows.num_prompt_tokens)
         return self._graphs.run(slots, positions, self._places(slots, positions), self._tables.unsent(), draws)
+
+    def _pending(self, scheduled: tuple[ScheduledSequence, ...], inputs: torch.Tensor) -> torch.Tensor | None:
+        """Each entry's newest token, which is the last that went in, where only the device knows it; else −1. None when
+        the sampler does not ask."""
+        if self._graphs is None or not self.sampler.penalises(scheduled):
+            return None
+        pending = np.array([entry.seq.num_pending_tokens for entry in scheduled], dtype=np.bool_)
+        return torch.where(self._put(pending), inputs, -1) if pending.any() else None
 
     def _send_tokens(self, graphs: DecodeGraphs, slots: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Tokens that the device does not have: of candidates that forked from a prompt."""
@@ -288,11 +299,11 @@ class ModelRunner:
     def _put(self, array: NDArray[np.generic]) -> torch.Tensor:
         return to_device(array, self._device)
 
-    def _sampled_rows(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """The rows of `hidden` (T, d) that are the last of an entry that samples."""
+    def _sampled_rows(self, batch: Batch) -> torch.Tensor | slice:
+        """Of T new tokens, those that are the last of an entry that samples."""
         samples = np.fromiter([entry.num_samples > 0 for entry in batch.scheduled], np.bool_, len(batch.scheduled))
         rows = batch.counts.cumsum()[samples] - 1
-        return hidden if len(rows) == len(hidden) else hidden[self._put(rows)]
+        return slice(None) if len(rows) == len(batch.token_ids) else self._put(rows)
 
     def _prompt_logprobs(
         self, scheduled: tuple[ScheduledSequence, ...], hidden: torch.Tensor

@@ -136,8 +136,8 @@ class Request:
 
     request_id: unique among the live requests. prompt_token_ids: at least one id, none negative. priority: lower runs
     first under the "priority" policy. cache_salt: requests share cached blocks only with those of the same salt.
-    looks_back: the choice of its next token needs the values of those before it beyond what the model sees (penalties,
-    bad words, beams), so no step with it is scheduled before the last one is read.
+    looks_back: the choice of its next token needs the values of those before it on the host (bad words, grammars,
+    beams), so no step with it is scheduled before the last one is read.
     eos_token_ids: end the output unless params.ignore_eos. arrival_time: seconds of time.monotonic.
     """
 

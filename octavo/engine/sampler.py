@@ -71,6 +71,7 @@ class _PenalisedRows:
 
     rows: NDArray[np.int64]
     rows_tensor: Tensor
+    sequences: list[SequenceState]
     table_rows: NDArray[np.int64]  # theirs in the PenaltyTable
     penalties: Tensor  # (rows, 3) fp32
 
@@ -173,6 +174,7 @@ class Sampler:
         logits: Tensor,
         entries: Sequence[ScheduledSequence],
         token_bitmasks: Mapping[int, Tensor] | None = None,
+        pending: Tensor | None = None,
     ) -> "DrawnTokens":
         """The tokens on the device: on a GPU, requests that do not look back are drawn without waiting for it.
 
@@ -180,20 +182,27 @@ class Sampler:
         logits: (N, V) fp32, a row for each entry; overwritten.
         entries: what the scheduler wants sampled.
         token_bitmasks: by seq_id, int32 (ceil(V / 32),): only tokens whose bit is set may be drawn.
+        pending: (N,) int64, each entry's newest token where its `token_ids` lack it, else −1.
         """
         batch = self._batch_of(tuple(entries))
         if batch.expand is not None:
             logits = logits[batch.expand]
+            pending = None if pending is None else pending[batch.expand]
         wished = self._raw_logprobs(logits, batch) if batch.wishes else None
         self._apply_rules(logits, batch, token_bitmasks)
         if (penalised := batch.penalised) is not None:
-            self._penalties.apply(logits, penalised.rows_tensor, penalised.table_rows, penalised.penalties)
+            newest = None if pending is None else pending[penalised.rows_tensor]
+            self._penalties.apply(logits, penalised.rows_tensor, penalised.table_rows, penalised.penalties, newest)
         tokens = self._draw(logits, batch)
         return DrawnTokens(tokens, None if wished is None else _drawn_logprobs(wished, tokens, batch), penalised)
 
     def plain_rows(self, entries: tuple[ScheduledSequence, ...]) -> PlainRows | None:
         """What these entries' tokens are drawn with, for whoever draws them in our place; None if it takes more."""
         return self._batch_of(entries).plain
+
+    def penalises(self, entries: tuple[ScheduledSequence, ...]) -> bool:
+        """Whether `draw` needs `pending` for these entries."""
+        return self._batch_of(entries).penalised is not None
 
     def _batch_of(self, entries: tuple[ScheduledSequence, ...]) -> _Batch:
         if entries != self._batch.entries:
@@ -203,7 +212,8 @@ class Sampler:
     def report(self, drawn: "DrawnTokens", token_ids: list[int]) -> SampledTokens:
         """What the scheduler records of them; `token_ids` are theirs, read back. In the order of the draws."""
         if (penalised := drawn.penalised) is not None:
-            self._penalties.record(penalised.table_rows, np.array(token_ids, dtype=np.int64)[penalised.rows])
+            ids = np.array(token_ids, dtype=np.int64)[penalised.rows]
+            self._penalties.record(penalised.table_rows, penalised.sequences, ids)
         if drawn.logprobs is None:
             return SampledTokens(token_ids, None, {})
         return _report(token_ids, drawn.logprobs)
@@ -253,7 +263,7 @@ class Sampler:
             for row, slot in enumerate(slots)
             if slot.num_logprobs is not None
         ]
-        penalised, random = self._penalised_rows(slots), self._random_rows(slots)
+        penalised, random = self._penalised_rows(slots, sequences), self._random_rows(slots)
         rules = [(row, slot.rules) for row, slot in enumerate(slots) if slot.rules is not None]
         truncates = random is not None and (len(random.truncated) > 0 or random.log_min_p is not None)
         return _Batch(
@@ -310,13 +320,14 @@ class Sampler:
         digest = hashlib.blake2b(request.request_id.encode(), digest_size=8).digest()
         return derive_seed(self._seed, int.from_bytes(digest, "little"))
 
-    def _penalised_rows(self, slots: list[_Slot]) -> _PenalisedRows | None:
+    def _penalised_rows(self, slots: list[_Slot], sequences: list[SequenceState]) -> _PenalisedRows | None:
         found = [(row, slot.penalty_row) for row, slot in enumerate(slots) if slot.penalty_row is not None]
         if not found:
             return None
         rows, table_rows = np.array(found, dtype=np.int64).T
         penalties = torch.tensor([slots[row].numbers[_PENALTIES] for row in rows], device=self._device)
-        return _PenalisedRows(rows, torch.from_numpy(rows.copy()).to(self._device), table_rows, penalties)
+        penalised = [sequences[row] for row in rows]
+        return _PenalisedRows(rows, to_device(rows.copy(), self._device), penalised, table_rows, penalties)
 
     def _random_rows(self, slots: list[_Slot]) -> _RandomRows | None:
         rows = [row for row, slot in enumerate(slots) if slot.numbers[_TEMPERATURE] >= _GREEDY_BELOW]

@@ -131,9 +131,9 @@ class SamplingParams(FromDict):
 
     @property
     def looks_back(self) -> bool:
-        """Whether the choice of a token needs the values of the output before it, beyond what the model sees."""
-        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
-        return penalties != (0.0, 0.0, 1.0) or bool(self.bad_words) or self.structured_outputs is not None
+        """Whether the host must know the output so far before the next token is chosen. Penalties need it, too, but
+        they are applied where the newest token is."""
+        return bool(self.bad_words) or self.structured_outputs is not None
 
     def __post_init__(self) -> None:
         for field in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):

@@ -51,7 +51,16 @@ def draw_requests(seed: int) -> list:
     requests = []
     for i in range(14):
         options = rng.choice(
-            [{}, {"temperature": 0}, {"top_p": 0.8}, {"stop": ["e", "on"]}, {"ignore_eos": True}, {"min_tokens": 4}]
+            [
+                {},
+                {"temperature": 0},
+                {"top_p": 0.8},
+                {"stop": ["e", "on"]},
+                {"ignore_eos": True},
+                {"min_tokens": 4},
+                {"temperature": 0, "repetition_penalty": 1.5},
+                {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+            ]
         )
         if rng.random() < 0.2:
             options = options | {"n": 2}
@@ -84,12 +93,8 @@ def test_steps_are_launched_before_the_last_is_read(make):
 
 @pytest.mark.parametrize(
     "params",
-    [
-        SamplingParams(repetition_penalty=1.3, seed=1, max_tokens=12),
-        SamplingParams(bad_words=["e"], seed=1, max_tokens=12),
-        BeamSearchParams(beam_width=2, max_tokens=8),
-    ],
-    ids=["penalty", "bad words", "beams"],
+    [SamplingParams(bad_words=["e"], seed=1, max_tokens=12), BeamSearchParams(beam_width=2, max_tokens=8)],
+    ids=["bad words", "beams"],
 )
 def test_what_looks_back_at_its_tokens_is_not_run_ahead(make, params):
     engine = make(True)
@@ -102,6 +107,18 @@ def test_what_looks_back_at_its_tokens_is_not_run_ahead(make, params):
 
     assert serve(engine, requests, watch) == serve(make(False), requests)
     assert not any(ahead)
+
+
+def test_penalties_count_the_token_that_only_the_device_knows(make):
+    """Steps run ahead beside them, and a token drawn in the step in flight is penalised as often as it stands."""
+    params = SamplingParams(
+        temperature=0, frequency_penalty=1.5, repetition_penalty=1.2, max_tokens=40, ignore_eos=True
+    )
+    engine, ahead = make(True), []
+    requests = [("on", params), ([7] * 9, params), ("the", SamplingParams(temperature=0, max_tokens=30))]
+    outputs = serve(engine, requests, lambda engine, step: ahead.append(len(engine.scheduler.in_flight)))
+    assert outputs == serve(make(False), requests)
+    assert sum(ahead) > 30
 
 
 def test_an_abort_under_a_step_in_flight_frees_the_blocks_after_it(make):

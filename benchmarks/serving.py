@@ -15,14 +15,15 @@ import argparse
 import asyncio
 import json
 import random
+import socket
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,28 +39,78 @@ def make_prompt(rng: random.Random, words: int) -> str:
 # ---- one client ----------------------------------------------------------------------------------------------------
 
 
-class Connection:
+class Connection(asyncio.Protocol):
     """HTTP/1.1 over one socket, as little as streams need: the load must not take the server's processor."""
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None = None, wake_at: int = 1) -> None:
+        """wake_at: bytes that must have come before the system wakes us; more than 1 for one answer only."""
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
         self._head = f"Host: {self._host}\r\nContent-Type: application/json\r\n"
         if key:
             self._head += f"Authorization: Bearer {key}\r\n"
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        if wake_at > 1:
+            self._head += "Connection: close\r\n"  # whose end wakes us, too
+        self._wake_at = wake_at
+        self._transport: asyncio.Transport | None = None
+        self._forget()
 
-    async def open(self) -> None:
-        if self._writer is None:
-            self._reader, self._writer = await asyncio.open_connection(self._host, self._port, limit=1 << 22)
+    def _forget(self) -> None:
+        self._data = bytearray()  # that has come and is not read
+        self._lost, self._ended = False, False  # the connection; the answer
+        self._length: int | None = None  # of the answer; None: it comes in chunks
+        self._see: Callable[[bytes], None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # ---- asyncio's side
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        if self._see is not None:
+            for piece in self._pieces():
+                self._see(piece)
+            if not self._ended:
+                return
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _more(self) -> None:
+        if self._lost:
+            raise ConnectionError("the server closed the connection")
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    # ---- a client's side
+
+    async def open(self) -> asyncio.Transport:
+        if self._transport is None:
+            self._forget()
+            self._transport, _ = await asyncio.get_running_loop().create_connection(
+                lambda: self, self._host, self._port
+            )
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, self._wake_at)
+        return self._transport
+
+    def close(self) -> None:
+        """At once, whatever is under way."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._transport = None
 
     async def send(self, method: str, path: str, body: Any = None) -> int:
         """Sends a request and reads the answer's head: its status. A connection that the server has closed since the
         last answer is opened again."""
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         head = f"{method} {path} HTTP/1.1\r\n{self._head}Content-Length: {len(data)}\r\n\r\n".encode()
-        fresh = self._writer is None
+        fresh = self._transport is None
         try:
             return await self._send(head + data)
         except ConnectionError:
@@ -69,43 +120,58 @@ class Connection:
             return await self._send(head + data)
 
     async def _send(self, data: bytes) -> int:
-        await self.open()
-        assert self._writer is not None
-        self._writer.write(data)
-        status = int((await self._line()).split()[1])
-        self._length, self._chunked = 0, False
-        while (line := (await self._line()).lower()) != b"\r\n":
-            if line.startswith(b"content-length:"):
-                self._length = int(line[15:])
-            self._chunked |= line.startswith(b"transfer-encoding: chunked")
-        return status
+        (await self.open()).write(data)
+        while (end := self._data.find(b"\r\n\r\n")) < 0:
+            await self._more()
+        status, *fields = bytes(self._data[:end]).lower().split(b"\r\n")
+        del self._data[: end + 4]
+        told = dict(field.split(b": ", 1) for field in fields if b": " in field)
+        self._ended = False
+        self._length = None if b"transfer-encoding" in told else int(told.get(b"content-length", 0))
+        return int(status.split()[1])
 
-    async def _line(self) -> bytes:
-        assert self._reader is not None
-        line = await self._reader.readline()
-        if not line:
-            raise ConnectionError("the server closed the connection")
-        return line
-
-    async def chunks(self) -> Any:
-        """The body's pieces as they come."""
-        assert self._reader is not None
-        if not self._chunked:
-            yield await self._reader.readexactly(self._length)
+    def _pieces(self) -> Iterator[bytes]:
+        """Those of the body that have come."""
+        data = self._data
+        if self._length is not None:
+            if len(data) >= self._length:
+                self._ended = True
+                yield bytes(data[: self._length])
+                del data[: self._length]
             return
-        while size := int((await self._line()).split(b";")[0], 16):
-            yield await self._reader.readexactly(size)
-            await self._line()
-        await self._line()
+        while not self._ended and (end := data.find(b"\r\n")) >= 0:
+            size = int(bytes(data[:end]).split(b";")[0], 16)
+            start, stop = end + 2, end + 2 + size
+            if len(data) < stop + 2:
+                return
+            piece = bytes(data[start:stop])
+            del data[: stop + 2]
+            if size:
+                yield piece
+            else:
+                self._ended = True
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's pieces as they come."""
+        while True:
+            for piece in self._pieces():
+                yield piece
+            if self._ended:
+                return
+            await self._more()
+
+    async def read(self, see: Callable[[bytes], None]) -> None:
+        """The same, each given to `see` by the event loop itself: a third of the cost."""
+        self._see = see
+        try:
+            self.data_received(b"")
+            while not self._ended:
+                await self._more()
+        finally:
+            self._see = None
 
     async def body(self) -> bytes:
         return b"".join([chunk async for chunk in self.chunks()])
-
-    def close(self) -> None:
-        """At once, whatever is under way."""
-        if self._writer is not None:
-            self._writer.transport.abort()
-        self._reader = self._writer = None
 
 
 # ---- load ----------------------------------------------------------------------------------------------------------
@@ -143,7 +209,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a server is asked. chat: by /v1/chat/completions. extra: fields that only this server needs."""
+    """How a server is asked. chat: by /v1/chat/completions. extra: fields that only this server needs. wake_at: bytes
+    of an answer that a client lets come together before it reads them."""
 
     url: str
     seconds: float
@@ -152,6 +219,7 @@ class Plan:
     chat: bool = False
     model: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    wake_at: int = 1
 
     def body(self, prompt: str) -> dict[str, Any]:
         text = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
@@ -175,7 +243,7 @@ async def run_load(plan: Plan, clients: int, requests_each: int | None = None) -
 
 async def _client(plan: Plan, load: Load, start: float, number: int, requests_each: int | None) -> None:
     rng = random.Random(f"{plan.url}{load.clients}{number}{start}")
-    connection = Connection(plan.url)
+    connection = Connection(plan.url, wake_at=plan.wake_at)
     done = 0
     try:
         while done < requests_each if requests_each else time.perf_counter() - start < plan.seconds:
@@ -191,14 +259,18 @@ async def _completion(connection: Connection, plan: Plan, prompt: str, load: Loa
     if status != 200:
         raise RuntimeError(f"{plan.url} answered {status}: {(await connection.body())[:500]!r}")
     events, told = 0, 0
-    async for chunk in connection.chunks():
+
+    def see(chunk: bytes) -> None:
+        nonlocal events, told, last
         now = time.perf_counter()
-        if b'"usage":{' in chunk.replace(b" ", b""):
+        if b'"completion_tokens"' in chunk:
             told = _usage(chunk) or told
         if not _has_text(chunk):
-            continue
+            return
         (load.between if events else load.first).append(now - (last if events else asked))
         events, last = events + 1, now
+
+    await connection.read(see)
     load.tokens += told or events
     load.requests += 1
 
@@ -303,30 +375,38 @@ def bare_engine(threads: int, clients: int, max_tokens: int) -> Iterator[Callabl
         process.wait()
 
 
+LATE = 8192  # bytes; about 40 tokens
+
+
 def overhead(threads: int, port: int, clients: int = 64, rounds: int = 3) -> dict[str, Any]:
     """The served rate over the engine's own, for the same work: engine and server in turn, so that a busy moment of
-    the machine hits both. Streams, one for each client, all begun at once."""
+    the machine hits both. Streams, one for each client, all begun at once.
+
+    Twice, since the clients take the engine's processors, too: with clients that read each token as it comes, and with
+    clients that read when LATE bytes have come, which cost next to nothing: the rest is the server's own."""
     url = f"http://127.0.0.1:{port}"
     plan = Plan(url, 0, max_tokens=48, extra={"ignore_eos": True})
     rng = random.Random(clients)
-    engine, served = [], []
+    rates: dict[str, list[float]] = {"engine": [], "served": [], "served_read_late": []}
     command = octavo_command(port, "--max-model-len", "1024", "--max-num-seqs", str(clients))
     with server(command, url), bare_engine(threads, clients, plan.max_tokens) as generate:
+        measures: dict[str, Callable[[], float]] = {
+            "engine": lambda: generate([make_prompt(rng, plan.prompt_words) for _ in range(clients)]),
+            "served": lambda: asyncio.run(run_load(plan, clients, requests_each=1)).rate,
+            "served_read_late": lambda: asyncio.run(run_load(replace(plan, wake_at=LATE), clients, 1)).rate,
+        }
         generate([make_prompt(rng, 8)])
-        asyncio.run(run_load(plan, 2, requests_each=1))
-        for number in range(rounds + 1):
-            engine.append(generate([make_prompt(rng, plan.prompt_words) for _ in range(clients)]))
-            served.append(asyncio.run(run_load(plan, clients, requests_each=1)).rate)
-            print(f"   engine {engine[-1]:.1f}, served {served[-1]:.1f} tokens/s", flush=True)
-            if number == 0:  # everything is touched and compiled by now
-                engine, served = [], []
-    ratios = [s / e for s, e in zip(served, engine, strict=True)]
-    return {
-        "engine_tokens_per_s": round(max(engine), 1),
-        "served_tokens_per_s": round(max(served), 1),
-        "ratio_of_best": round(max(served) / max(engine), 3),
-        "ratio_median": round(statistics.median(ratios), 3),
-    }
+        measures["served"]()  # everything is touched and compiled by now
+        for _ in range(rounds):
+            for name, measure_rate in measures.items():
+                rates[name].append(round(measure_rate(), 1))
+            print("  ", {name: told[-1] for name, told in rates.items()}, flush=True)
+    engine = rates["engine"]
+
+    def ratio(name: str) -> float:
+        return round(statistics.median(mine / theirs for mine, theirs in zip(rates[name], engine, strict=True)), 3)
+
+    return {"tokens_per_s": rates, "ratio": ratio("served"), "ratio_read_late": ratio("served_read_late")}
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -355,7 +435,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             plan = Plan(url, arguments.seconds, model=arguments.transformers)
             report["transformers"] = measure(plan, [n for n in levels if n <= 32])
     if "overhead" in arguments.only:
-        report["overhead"] = overhead(threads, port)
+        report["overhead"] = overhead(threads, port, rounds=arguments.rounds)
         print("   ", report["overhead"], flush=True)
     return report
 
@@ -407,6 +487,7 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true", help="load: ask for chats")
     parser.add_argument("--model", help="load: the model's name, where the server wants it")
     parser.add_argument("--threads", type=int, default=2, help="of every server")
+    parser.add_argument("--rounds", type=int, default=3, help="of `compare --only overhead`")
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--only", nargs="+", default=["octavo", "llama.cpp", "transformers", "overhead"])
     parser.add_argument("--peer-python", help="a Python with xllamacpp, for llama.cpp's server")

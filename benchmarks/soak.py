@@ -140,11 +140,8 @@ class Soak:
             await connection.body()
             return
         connection.close()
-        await connection.open()
-        assert connection._writer is not None
-        connection._writer.write(
-            rng.choice([b"\x16\x03\x01 TLS?\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/comp"])
-        )
+        transport = await connection.open()
+        transport.write(rng.choice([b"\x16\x03\x01 TLS?\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/comp"]))
         await asyncio.sleep(0.1)
         connection.close()
 

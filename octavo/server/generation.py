@@ -76,8 +76,9 @@ class Generation:
                     async for batch in batches:
                         for news in batch:
                             index = self._index_of[news.request_id]
+                            if watch.is_new(index):
+                                self._num_cached_tokens += news.num_cached_tokens
                             self._info.output_tokens += watch.see(index, news)
-                            self._num_cached_tokens += watch.cached(index, news)
                             yield index, news
             except EngineDeadError as error:
                 raise unavailable(str(error)) from None
@@ -101,15 +102,15 @@ class _Watch:
         self._last: list[float | None] = [None] * len(prompt_lengths)
         self._num_tokens = [0] * len(prompt_lengths)
 
-    def cached(self, index: int, news: News) -> int:
-        """Tokens of the prompt that the cache gave, told once."""
-        return news.num_cached_tokens if self._num_tokens[index] == sum(len(p.token_ids) for p in news.pieces) else 0
+    def is_new(self, index: int) -> bool:
+        """True until the prompt's first news has been seen."""
+        return self._last[index] is None
 
     def see(self, index: int, news: News) -> int:
         """The number of new tokens. ApiError when a step failed, or the request was ended by us."""
         now, metrics, last = time.monotonic(), self._metrics, self._last[index]
         self._last[index] = now
-        count = sum(len(piece.token_ids) for piece in news.pieces)
+        count = sum([len(piece.token_ids) for piece in news.pieces])  # a list: this runs for each token
         if last is None:
             metrics.time_to_first_token.observe(now - self._start)
             metrics.queue_time.observe(news.queue_time)

@@ -53,11 +53,24 @@ class _Protocol(H11Protocol):
             self._await_head()
         else:
             self._forget_head()
-            self.scope.setdefault("octavo.abort", self.transport.abort)  # type: ignore[typeddict-item]
+            self.scope.setdefault("octavo.connection", self)  # type: ignore[typeddict-item]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
         super().connection_lost(exc)
+
+    def abort(self) -> None:
+        """Closes without waiting for the client to read the rest."""
+        self.transport.abort()
+
+    def write_chunk(self, data: bytes) -> bool:
+        """Sends a piece of a chunked answer that has begun, past the layers that do nothing to it; False, with nothing
+        sent, where those must: the client reads slowly or is gone, or its HTTP has no chunks."""
+        cycle, scope = self.cycle, self.scope
+        if self.flow.write_paused or cycle.disconnected or scope["http_version"] != "1.1" or scope["method"] == "HEAD":
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def _await_head(self) -> None:
         if self._deadline is None:

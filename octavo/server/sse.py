@@ -7,8 +7,8 @@ the engine: their blocks are free before its next step.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -25,6 +25,14 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # proxies must not collect a stream
 ]
 _encode = msgspec.json.Encoder().encode
+
+
+class Connection(Protocol):
+    """A client's, as `scope["octavo.connection"]`: what ASGI cannot say, or says at a cost for each token."""
+
+    def abort(self) -> None: ...
+
+    def write_chunk(self, data: bytes) -> bool: ...
 
 
 class ClientGone(Exception):
@@ -69,12 +77,17 @@ class EventStream(Response):
         self._events = events
         self._send_timeout = send_timeout
         self._sending_since: float | None = None  # of time.monotonic
+        self._write_chunk: Callable[[bytes], bool] = _never
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection: Connection | None = scope.get("octavo.connection")
+        if connection is not None:
+            self._write_chunk = connection.write_chunk
         try:
             await unless_gone(receive, self._pump(send))
         except ClientGone:
-            scope.get("octavo.abort", _nothing)()  # closing would wait for the client to read the rest
+            if connection is not None:
+                connection.abort()  # closing would wait for the client to read the rest
 
     async def _pump(self, send: Send) -> None:
         started = False
@@ -85,7 +98,8 @@ class EventStream(Response):
                         if not started:
                             await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
                             started = True
-                        await self._send(send, chunk)
+                        if not self._write_chunk(chunk):
+                            await self._send(send, chunk)
                 except ApiError as error:
                     if not started:
                         raise
@@ -124,5 +138,5 @@ class EventStream(Response):
             self._timer.cancel()
 
 
-def _nothing() -> None:
-    pass
+def _never(data: bytes) -> bool:
+    return False

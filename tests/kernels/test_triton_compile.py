@@ -18,6 +18,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, HeadNorm, InputNorm, Rotary, Routing  # noqa: E402  # noqa: E402
 from octavo.kernels.triton import (  # noqa: E402
+    decode_launch,
     flash_bwd,
     flash_fwd,
     gated_activation,
@@ -282,14 +283,15 @@ def test_the_sampler_compiles(monkeypatch, tmp_path):
 )
 def test_paged_decode_copies_asynchronously_and_fits(monkeypatch, tmp_path, capability, page, head_dim, dtype):
     early = {"PDL": True, "launch_pdl": True} if capability == SM90 else {"PDL": False}
-    monkeypatch.setattr(paged_decode, "early_launch_options", lambda _: early)
+    monkeypatch.setattr(decode_launch, "early_launch_options", lambda _: early)
     monkeypatch.setattr(paged_decode, "is_hopper", lambda _: capability == SM90)
     launches = []
     monkeypatch.setattr(
-        paged_decode,
-        "run",
-        lambda kernel, _, args, constants, key, **options: launches.append((kernel, args, dict(constants) | options)),
+        decode_launch.Launch,
+        "__call__",
+        lambda x, *tensors: launches.append((x.kernel, (*tensors, *x.scalars), dict(x.constants) | x.options)),
     )
+    paged_decode._plan.cache_clear()
     cache, scale = tensor(64, page, 8, head_dim, dtype=dtype), tensor(8, dtype=torch.float32)
     lengths = tensor(33, dtype=torch.int32)
     scales = {} if dtype == torch.bfloat16 else {"k_scale": scale, "v_scale": scale}

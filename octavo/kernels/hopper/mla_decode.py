@@ -14,6 +14,7 @@ leaves pieces in fp32, which `combine_kernel` weighs by exp(LSE_piece − LSE).
 """
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +38,10 @@ from octavo.kernels.hopper.gluon_compat import (
     warps_sync,
 )
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
+from octavo.kernels.triton.decode_launch import Launch, combine_launch, scratch_of
 from octavo.kernels.triton.early_launch import early_launch_options
 from octavo.kernels.triton.flash_fwd import num_processors
-from octavo.kernels.triton.launch import integer_key, launch, pointer_key
-from octavo.kernels.triton.paged_decode import combine
+from octavo.kernels.triton.launch import integer_key
 
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -59,20 +60,20 @@ def _add(a, b):
 
 
 @gluon.jit
-def _costs(b, batch, seqused):
+def _costs(b, batch, capacity, seqused):
     """Units of work of sequences `b`: their blocks, and one for an empty sequence, so that each is visited."""
-    keys = gl.load(seqused + b, mask=b < batch, other=0)
+    keys = gl.minimum(gl.load(seqused + b, mask=b < batch, other=0), capacity)
     return gl.where(b < batch, gl.maximum(gl.cdiv(keys, BLOCK), 1), 0)
 
 
 @gluon.jit
-def share_of_part(part, parts, batch, seqused, BLOCK_B: gl.constexpr):
+def share_of_part(part, parts, batch, capacity, seqused, BLOCK_B: gl.constexpr):
     """(first unit of this part, one past its last, units a part, the sequence it begins in, that one's first unit)."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     total = 0
     longest = 1
     for b0 in range(0, batch, BLOCK_B):
-        cost = _costs(b0 + gl.arange(0, BLOCK_B, layout), batch, seqused)
+        cost = _costs(b0 + gl.arange(0, BLOCK_B, layout), batch, capacity, seqused)
         total += gl.sum(cost, axis=0)
         longest = gl.maximum(longest, gl.max(cost, axis=0))
     share = gl.cdiv(total, parts)
@@ -85,7 +86,7 @@ def share_of_part(part, parts, batch, seqused, BLOCK_B: gl.constexpr):
     before = 0
     for b0 in range(0, batch, BLOCK_B):
         index = b0 + gl.arange(0, BLOCK_B, layout)
-        cost = _costs(index, batch, seqused)
+        cost = _costs(index, batch, capacity, seqused)
         passed = (before + gl.associative_scan(cost, 0, _add) <= begin) & (index < batch)
         b += gl.sum(passed.to(gl.int32), axis=0)
         start += gl.sum(gl.where(passed, cost, 0), axis=0)
@@ -233,7 +234,22 @@ def load_queries(first_row, m_tile, num_rows, q_smem, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def scores(
-    q_ptr, seqused, cu_q, q_smem, top_smem, factor_smem, kv_smem, bars, unit, unit_end, b, start, heads, scale, m_tile
+    q_ptr,
+    seqused,
+    capacity,
+    cu_q,
+    q_smem,
+    top_smem,
+    factor_smem,
+    kv_smem,
+    bars,
+    unit,
+    unit_end,
+    b,
+    start,
+    heads,
+    scale,
+    m_tile,
 ):
     """The first warpgroup: scores and softmax; at the end of a piece the rows' sums and reference exponents."""
     p_full, p_empty = bars[3], bars[4]
@@ -243,7 +259,7 @@ def scores(
     index = 0
     sent = 0
     while unit < unit_end:
-        length = gl.load(seqused + b)
+        length = gl.minimum(gl.load(seqused + b), capacity)
         end, lo, hi = piece(unit, unit_end, start, length)
         start_q = gl.load(cu_q + b)
         len_q = gl.load(cu_q + b + 1) - start_q
@@ -297,7 +313,7 @@ def write_piece(o, total, top, at, b, outputs, cu_q, sizes, m_tile, SIDE: gl.con
 
 @gluon.jit
 def accumulate(  # noqa: PLR0915 (one loop of one warpgroup)
-    outputs, pieces, seqused, cu_q, cache, kv_smem, full, rope_smem, rope_full, factor_smem, top_smem, bars,
+    outputs, pieces, seqused, capacity, cu_q, cache, kv_smem, full, rope_smem, rope_full, factor_smem, top_smem, bars,
     unit, unit_end, b, start, share, part, sizes, m_tile,
     SIDE: gl.constexpr, PAGE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -309,7 +325,7 @@ def accumulate(  # noqa: PLR0915 (one loop of one warpgroup)
     index = 0
     sent = 0
     while unit < unit_end:
-        length = gl.load(seqused + b)
+        length = gl.minimum(gl.load(seqused + b), capacity)
         end, lo, hi = piece(unit, unit_end, start, length)
         table = block_table + b.to(gl.int64) * table_stride
         for k in gl.static_range(STAGES):
@@ -376,10 +392,13 @@ def barriers(N: gl.constexpr, COUNT: gl.constexpr):
     return bars
 
 
-@gluon.jit(do_not_specialize=["batch", "parts", "m_tiles", "table_stride", "lse_stride", "num_rows"])
+@gluon.jit(
+    do_not_specialize=["batch", "parts", "m_tiles", "table_stride", "lse_stride", "num_rows", "capacity"],
+    do_not_specialize_on_alignment=["seqused", "cu_q", "block_table"],
+)
 def mla_decode_kernel(
-    latent_desc, rope_desc, q_ptr, out_ptr, lse_ptr, partial_out, partial_lse, pieces, seqused, cu_q, block_table,
-    batch, parts, m_tiles, heads, table_stride, page_rows, lse_stride, num_rows, scale,
+    latent_desc, rope_desc, q_ptr, out_ptr, lse_ptr, scratch, seqused, cu_q, block_table,
+    batch, parts, m_tiles, heads, table_stride, page_rows, lse_stride, num_rows, capacity, at_lse, at_out, scale,
     PAGE: gl.constexpr, GROUP: gl.constexpr, BLOCK_B: gl.constexpr, REGS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = latent_desc.dtype
@@ -400,19 +419,20 @@ def mla_decode_kernel(
         wait_for_earlier_kernel(batch)
     part = gl.program_id(0) // m_tiles
     m_tile = gl.program_id(0) % m_tiles
-    begin, unit_end, share, b, start = share_of_part(part, parts, batch, seqused, BLOCK_B)
-    outputs = (out_ptr, lse_ptr, partial_out, partial_lse)
+    begin, unit_end, share, b, start = share_of_part(part, parts, batch, capacity, seqused, BLOCK_B)
+    pieces = scratch.to(gl.pointer_type(gl.int32), bitcast=True)
+    outputs = (out_ptr, lse_ptr, scratch + at_out, scratch + at_lse)
     sizes = (heads, lse_stride, num_rows)
     cache = (latent_desc, rope_desc, block_table, table_stride, page_rows)
     gl.warp_specialize(
         [
-            (scores, (q_ptr, seqused, cu_q, q_smem, top_smem, factor_smem, (left_smem, right_smem, rope_smem),
+            (scores, (q_ptr, seqused, capacity, cu_q, q_smem, top_smem, factor_smem, (left_smem, right_smem, rope_smem),
                       (left_full, right_full, rope_full, p_full, p_empty), begin, unit_end, b, start, heads, scale,
                       m_tile)),
-            (accumulate, (outputs, pieces, seqused, cu_q, cache, left_smem, left_full, rope_smem, rope_full,
+            (accumulate, (outputs, pieces, seqused, capacity, cu_q, cache, left_smem, left_full, rope_smem, rope_full,
                           factor_smem, top_smem, (p_full, p_empty), begin, unit_end, b, start, share, part, sizes,
                           m_tile, 0, PAGE, GROUP)),
-            (accumulate, (outputs, pieces, seqused, cu_q, cache, right_smem, right_full, rope_smem, rope_full,
+            (accumulate, (outputs, pieces, seqused, capacity, cu_q, cache, right_smem, right_full, rope_smem, rope_full,
                           factor_smem, top_smem, (p_full, p_empty), begin, unit_end, b, start, share, part, sizes,
                           m_tile, 1, PAGE, GROUP)),
         ],
@@ -486,63 +506,97 @@ def _descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return make_descriptor(base, [num_rows + 1, rows, cache.shape[2]], [stride, stride, 1], [1, rows, columns], _LAYOUT)
 
 
+class LatentCall(NamedTuple):
+    """All of a call but its numbers."""
+
+    device: torch.device
+    dtype: torch.dtype
+    q_shape: tuple[int, ...]
+    cache_shape: tuple[int, ...]
+    cache_strides: tuple[int, ...]
+    table_shape: tuple[int, ...]
+    table_stride: int
+    max_q: int
+    softmax_scale: float
+    aligned: bool  # q begins on 16 bytes
+
+
+class LatentPlan(NamedTuple):
+    """The two launches of a call, and what they need."""
+
+    decode: Launch
+    combine: Launch
+    boxes: tuple[int, int]  # rows of a TMA box, and columns of one of the latent
+    m_tiles: int
+    parts: int
+    scratch_size: int
+
+
+@lru_cache(maxsize=4096)
+def _plan(call: LatentCall) -> LatentPlan:
+    tokens, heads, _ = call.q_shape
+    batch, page = call.table_shape[0], call.cache_shape[1]
+    block_stride, stride = call.cache_strides[:2]
+    m_tiles = max(1, triton.cdiv(call.max_q * heads, ROWS.value))
+    parts = max(1, num_processors(call.device) // m_tiles)
+    num_rows = m_tiles * ROWS.value
+    scratch = scratch_of(batch, 2 * parts * num_rows, 2 * HALF.value)
+    group = min(page, BLOCK.value)
+    early = early_launch_options(call.device)["PDL"]
+    capacity = min(call.table_shape[1] * page, 2**31 - 1)
+    page_rows = block_stride // stride
+    scalars = (
+        batch, parts, m_tiles, heads, call.table_stride, page_rows, tokens, num_rows, capacity,
+        scratch.at_lse, scratch.at_out, call.softmax_scale * LOG2E.value,
+    )  # fmt: skip
+    constants = (
+        ("PAGE", page), ("GROUP", group), ("BLOCK_B", 128 if batch <= 128 else 1024), ("REGS", REGISTERS),
+        ("PDL", early),
+    )  # fmt: skip
+    key = (call.dtype, call.aligned, integer_key((heads, page_rows)))
+    options = {"num_warps": 4, "maxnreg": MAX_REGISTERS, "launch_pdl": early}
+    decode = Launch(mla_decode_kernel, parts * m_tiles, scalars, constants, key, options)
+    shape, strides = (tokens, heads, 2 * HALF.value), (heads * 2 * HALF.value, 2 * HALF.value, 0, tokens)
+    sizes = (batch, 1, call.max_q, num_rows)
+    # not launched early: that costs 7 µs at 1 × 32768 and gains nothing elsewhere
+    combine = combine_launch(call.dtype, shape, strides, True, False, sizes, scratch)
+    boxes = (group, HALF.value if group == BLOCK.value else 64)
+    return LatentPlan(decode, combine, boxes, m_tiles, parts, scratch.size)
+
+
+def _plan_of(q: Tensor, kv_cache: Tensor, spec: AttentionSpec, t: AttentionTensors) -> LatentPlan:
+    assert t.block_table is not None
+    return _plan(
+        LatentCall(
+            q.device, q.dtype, q.shape, kv_cache.shape, kv_cache.stride(), t.block_table.shape, t.block_table.stride(0),
+            t.max_seqlen_q, spec.softmax_scale, q.data_ptr() % 16 == 0,
+        )
+    )  # fmt: skip
+
+
 def plan_mla_decode(
     q: Tensor, kv_cache: Tensor, head_dim_v: int, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> dict[str, object]:
     """What `octavo.explain` shows of a call."""
-    m_tiles = triton.cdiv(t.max_seqlen_q * q.shape[-2], ROWS.value)
-    return {
-        "tile": f"{ROWS.value} rows × {BLOCK.value} tokens",
-        "parts": num_parts(q, m_tiles),
-        "tiles of rows": m_tiles,
-    }
-
-
-def num_parts(q: Tensor, m_tiles: int) -> int:
-    """Parts into which the tokens of all sequences are cut."""
-    return max(1, num_processors(q.device) // m_tiles)
+    plan = _plan_of(q, kv_cache, spec, t)
+    return {"tile": f"{ROWS.value} rows × {BLOCK.value} tokens", "parts": plan.parts, "tiles of rows": plan.m_tiles}
 
 
 def mla_decode(
     q: Tensor, kv_cache: Tensor, head_dim_v: int, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> tuple[Tensor, Tensor]:
     """q (T, Hq, R + rope) packed, kv_cache (num_blocks, block_size, R + rope) → out (T, Hq, R), LSE (Hq, T)."""
-    assert t.cu_seqlens_q is not None
-    assert t.seqused_k is not None
     assert t.block_table is not None
     q = q.contiguous()
     tokens, heads, _ = q.shape
-    batch, page = t.block_table.shape[0], kv_cache.shape[1]
-    out = q.new_empty(tokens, heads, head_dim_v)
-    lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    if out.numel() == 0 or batch == 0:
+    out = torch.empty((tokens, heads, head_dim_v), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or t.block_table.shape[0] == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    m_tiles = triton.cdiv(t.max_seqlen_q * heads, ROWS.value)
-    parts = num_parts(q, m_tiles)
-    num_rows = m_tiles * ROWS.value
-    partials = (
-        torch.empty(2 * parts * num_rows * head_dim_v, dtype=torch.float32, device=q.device),
-        torch.empty(2 * parts * num_rows, dtype=torch.float32, device=q.device),
-        torch.empty(2 * batch, dtype=torch.int32, device=q.device),
-    )
-    group = min(page, BLOCK.value)
-    early = early_launch_options(q.device)
-    arguments = (
-        _descriptor(kv_cache, group, HALF.value if group == BLOCK.value else 64),
-        _descriptor(kv_cache, group, 64),
-        q, out, lse, *partials, t.seqused_k, t.cu_seqlens_q, t.block_table,
-        batch, parts, m_tiles, heads, t.block_table.stride(0), kv_cache.stride(0) // kv_cache.stride(1), lse.stride(0),
-        num_rows, spec.softmax_scale * LOG2E.value,
-    )  # fmt: skip
-    constants = (
-        ("PAGE", page),
-        ("GROUP", group),
-        ("BLOCK_B", 128 if batch <= 128 else 1024),
-        ("REGS", REGISTERS),
-        ("PDL", early["PDL"]),
-    )
-    key = (*(pointer_key(x) for x in (q, *arguments[8:11])), integer_key((heads, arguments[16])))
-    options = {"num_warps": 4, "maxnreg": MAX_REGISTERS, "launch_pdl": early["PDL"]}
-    launch(mla_decode_kernel, (parts * m_tiles, 1, 1), arguments, constants, key, **options)
-    combine(out, lse, partials, t, {"PDL": False}, (batch, 1, t.max_seqlen_q, num_rows), (0, lse.stride(0)))
+    plan = _plan_of(q, kv_cache, spec, t)
+    scratch = torch.empty(plan.scratch_size, dtype=torch.float32, device=q.device)
+    rows, columns = plan.boxes
+    descriptors = (_descriptor(kv_cache, rows, columns), _descriptor(kv_cache, rows, 64))
+    plan.decode(*descriptors, q, out, lse, scratch, t.seqused_k, t.cu_seqlens_q, t.block_table)
+    plan.combine(out, lse, t.cu_seqlens_q, scratch)
     return out, lse

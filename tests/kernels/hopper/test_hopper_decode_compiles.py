@@ -20,6 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from octavo.kernels.hopper import mla_decode  # noqa: E402
 from octavo.kernels.hopper.gluon_compat import KEEPS_LOOP_OPERANDS  # noqa: E402
 from octavo.kernels.spec import AttentionSpec, AttentionTensors  # noqa: E402
+from octavo.kernels.triton.decode_launch import Launch  # noqa: E402
 from octavo.nn import MultiHeadLatentAttention  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block of sm_90 may have
@@ -34,8 +35,8 @@ def output(*command: str) -> str:
 def capture(monkeypatch, page, heads, dtype):
     """The launch that `mla_decode` would make."""
     launches = []
-    monkeypatch.setattr(mla_decode, "launch", lambda *args, **options: launches.append((args, options)))
-    monkeypatch.setattr(mla_decode, "combine", lambda *args: None)
+    monkeypatch.setattr(Launch, "__call__", lambda launch, *tensors: launches.append((launch, tensors)))
+    mla_decode._plan.cache_clear()
     monkeypatch.setattr(mla_decode, "early_launch_options", lambda _: {"PDL": True, "launch_pdl": True})
     monkeypatch.setattr(mla_decode, "num_processors", lambda _: 132)
     mla_decode.mla_decode(*call(page, heads, dtype))
@@ -51,7 +52,13 @@ def call(page=64, heads=16, dtype=torch.bfloat16, width=576, queries=1, batch=4,
     return q, torch.empty(1 + 32, page, width, dtype=dtype)[1:], width - 64, CAUSAL, t
 
 
+def divides_16(value):
+    return isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+
+
 def type_of(value):
+    if value is None:
+        return None
     if isinstance(value, torch.Tensor):
         return (
             "*"
@@ -66,14 +73,17 @@ def type_of(value):
 
 
 def compile_launch(launch, folder: Path):
-    (kernel, _grid, arguments, constants, _key), options = launch
-    names = [parameter.name for parameter in kernel.params]
-    signature = dict(zip(names, map(type_of, arguments), strict=False)) | {name: "constexpr" for name, _ in constants}
-    values = {(names.index(name),): value for name, value in constants}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)}
+    launch, tensors = launch
+    arguments = (*tensors, *launch.scalars)
+    names = [parameter.name for parameter in launch.kernel.params]
+    constants = dict(launch.constants) | {name: x for name, x in zip(names, arguments, strict=False) if x is None}
+    signature = dict(zip(names, map(type_of, arguments), strict=False)) | dict.fromkeys(constants, "constexpr")
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(arguments) if divides_16(x)}
+    options = {name: launch.options[name] for name in ("num_warps", "maxnreg") if name in launch.options}
     compiled = triton.compile(
-        GluonASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", 90, 32),
-        options={"enable_fp_fusion": True} | {name: options[name] for name in ("num_warps", "maxnreg")},
+        GluonASTSource(launch.kernel, signature, values, aligned), target=GPUTarget("cuda", 90, 32),
+        options={"enable_fp_fusion": True} | options,
     )  # fmt: skip
     ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
     ptx.write_text(compiled.asm["ptx"])

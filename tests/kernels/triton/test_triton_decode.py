@@ -7,7 +7,8 @@ from octavo.kernels.reference import cache as reference_cache
 from octavo.kernels.reference.paged_attention import paged_attention as reference_paged
 from octavo.kernels.spec import AttentionSpec, AttentionTensors
 from octavo.kernels.triton import cache
-from octavo.kernels.triton.paged_decode import num_parts, paged_attention, refuses_paged_attention
+from octavo.kernels.triton.decode_launch import num_parts
+from octavo.kernels.triton.paged_decode import paged_attention, refuses_paged_attention
 
 FP8, INT8, FP32 = torch.float8_e4m3fn, torch.int8, torch.float32
 CAUSAL = AttentionSpec(0.2, window_right=0)
@@ -45,7 +46,7 @@ def assert_like_reference(q, k, v, spec, t, **tolerance):
     torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("page", [8, 16, 64, 256])
+@pytest.mark.parametrize("page", [8, 16, 24, 64, 256])
 def test_ragged_lengths_that_share_parts(page):
     """One long sequence falls into all parts, several short ones into one; one is empty; two rows belong to no one."""
     lengths = [1, 700, 0, 17, 63, 64, 65, 128]
@@ -63,6 +64,24 @@ def test_windows_softcap_sinks_and_several_queries(scalars, queries):
     t = batch_of(lengths, table, queries, learnable_sink=torch.randn(4))
     spec = AttentionSpec(0.2, window_right=0, **scalars)
     assert_like_reference(torch.randn(3 * queries, 4, 48).half(), k, v, spec, t)
+
+
+def test_one_query_sees_all_keys_with_or_without_a_causal_mask():
+    lengths = [90, 33]
+    k, v, table = paged(lengths, 16, 1, 32)
+    assert_like_reference(torch.randn(2, 2, 32).half(), k, v, AttentionSpec(0.2), batch_of(lengths, table))
+
+
+def test_lengths_past_the_table_count_as_its_capacity():
+    """The table names 64 + 32 tokens; what lies behind it in memory is no block number."""
+    k, v, table = paged([64, 96], 16, 1, 32)
+    table = table[:, :6]
+    table[0, 4:] = table[0, :2]
+    q, t = torch.randn(2, 2, 32).half(), batch_of([97, 2**31 - 1], table)
+    out, lse = paged_attention(q, k, v, CAUSAL, t)
+    expected, expected_lse = paged_attention(q, k, v, CAUSAL, batch_of([96, 96], table))
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
 
 
 def test_dense_queries():
@@ -113,11 +132,11 @@ def test_parts_of_all_heads_fill_whole_waves():
     ("change", "says"),
     [
         ({"dtype": torch.float32}, "float32"),
-        ({"page": 24}, "24"),
+        ({"page": 4}, "4"),
         ({"heads": 128}, "64 rows"),
         ({"alibi_slopes": torch.ones(4)}, "alibi_slopes"),
         ({"splits": 2}, "num_splits"),
-        ({"spec": AttentionSpec(0.1)}, "causal"),
+        ({"spec": AttentionSpec(0.1), "queries": 2}, "causal"),
         ({"spec": AttentionSpec(-0.1, window_right=0)}, "softmax_scale"),
     ],
 )
@@ -125,5 +144,6 @@ def test_refuses_the_rest_and_says_why(change, says):
     heads = change.get("heads", 4)
     q = torch.zeros(1, heads, 32, dtype=change.get("dtype", torch.float16))
     kv = torch.zeros(4, change.get("page", 16), 1, 32, dtype=torch.float16)
-    t = batch_of([5], torch.zeros(1, 4, dtype=torch.int32), alibi_slopes=change.get("alibi_slopes"))
+    table = torch.zeros(1, 4, dtype=torch.int32)
+    t = batch_of([5], table, change.get("queries", 1), alibi_slopes=change.get("alibi_slopes"))
     assert says in refuses_paged_attention(q, kv, kv, change.get("spec", CAUSAL), t, change.get("splits", 0))

@@ -18,7 +18,7 @@ import gguf
 import torch
 
 from octavo.models import default_model_path, load_model
-from octavo.models.ggml_types import dequantize
+from octavo.models.ggml_dequantize import dequantize
 from octavo.models.gguf_file import read_gguf
 from octavo.models.gguf_tokenizer import tokenizer_from_gguf
 

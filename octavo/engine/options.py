@@ -1,14 +1,17 @@
 """What a user may say when an engine starts: `LLM(...)`, `AsyncLLM(...)` and the command line share these fields."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from octavo.engine.config import SchedulingPolicy
 from octavo.engine.from_dict import FromDict
 from octavo.models import default_model_path
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,8 @@ class EngineOptions(FromDict):
 
     def torch_device(self) -> torch.device:
         """Raises ValueError for a device that is not there."""
+        import torch  # here: the server's process checks options, and computes nothing
+
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -209,6 +209,11 @@ def eos_ids(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
+def end_ids(generation: Mapping[str, Any], of_config: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids that end a text: generation_config.json's, then those of config.json."""
+    return tuple(dict.fromkeys([*eos_ids(generation.get("eos_token_id")), *of_config]))
+
+
 def hf_common(hf: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     """The `ModelConfig` fields that every family names alike in its config.json."""
     heads = hf["num_attention_heads"]

@@ -49,8 +49,10 @@ class GGUFFile:
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
-    """Map `path` and parse its header. Raises `ValueError` when the file is not a sound GGUF of version 2 or 3."""
+    """Map `path` and parse its header. Raises `ValueError` when it is no file, or no sound GGUF of version 2 or 3."""
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"model {path} does not exist: expected a .gguf file or a directory with config.json")
     try:
         with path.open("rb") as file:
             # a private mapping: pages come from disk when they are touched, and torch gets a writable array it accepts

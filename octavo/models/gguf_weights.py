@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from octavo.models.config import ModelConfig
-from octavo.models.ggml_types import dequantize
+from octavo.models.ggml_dequantize import dequantize
 from octavo.models.gguf_file import GGUFFile, GGUFTensor
 from octavo.ops.linear import QuantizedWeight
 

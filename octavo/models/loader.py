@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from octavo.models.causal_lm import CausalLM
-from octavo.models.config import ModelConfig, eos_ids, read_json
+from octavo.models.config import ModelConfig, end_ids, read_json
 from octavo.models.gguf_config import config_from_gguf
 from octavo.models.gguf_file import GGUFFile, read_gguf
 from octavo.models.gguf_tokenizer import tokenizer_from_gguf
@@ -79,7 +79,7 @@ def load_model(
         config, tokenizer, defaults = _read_directory(path, skip_tokenizer)
         source: WeightSource = SafetensorsWeights(path, config)
     else:
-        file = _open_gguf(path)
+        file = read_gguf(path)
         config, defaults = _gguf_model_config(file), {}
         tokenizer = None if skip_tokenizer else tokenizer_from_gguf(file.metadata)
         source = GGUFWeights(file, config)
@@ -123,15 +123,7 @@ def load_dummy_model(
 def read_config(path: str | Path) -> ModelConfig:
     """The config of a model, without its weights."""
     path = Path(path)
-    return _read_directory_config(path)[0] if path.is_dir() else _gguf_model_config(_open_gguf(path))
-
-
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model, without its weights."""
-    path = Path(path)
-    if path.is_dir():
-        return Tokenizer.from_directory(path, _read_directory_config(path)[0].eos_token_ids)
-    return tokenizer_from_gguf(_open_gguf(path).metadata)
+    return _read_directory_config(path)[0] if path.is_dir() else _gguf_model_config(read_gguf(path))
 
 
 def weight_bytes(model: CausalLM) -> int:
@@ -144,12 +136,6 @@ def weight_bytes(model: CausalLM) -> int:
     }
     others = sum(parameter.nbytes for name, parameter in model.named_parameters() if not name.endswith("weight"))
     return int(sum(held.values()) + others)
-
-
-def _open_gguf(path: Path) -> GGUFFile:
-    if not path.is_file():
-        raise ValueError(f"model {path} does not exist: expected a .gguf file or a directory with config.json")
-    return read_gguf(path)
 
 
 def _gguf_model_config(file: GGUFFile) -> ModelConfig:
@@ -171,7 +157,7 @@ def _read_directory_config(directory: Path) -> tuple[ModelConfig, Mapping[str, f
     config = config_from_hf(directory)
     path = directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
-    ids = tuple(dict.fromkeys([*eos_ids(generation.get("eos_token_id")), *config.eos_token_ids]))
+    ids = end_ids(generation, config.eos_token_ids)
     defaults = {name: generation[name] for name in _GENERATION_DEFAULTS if generation.get(name) is not None}
     return replace(config, eos_token_ids=ids), defaults
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.models.ggml_types import GGML_TYPES, GgmlType, dequantize
+from octavo.models.ggml_dequantize import dequantize
+from octavo.models.ggml_types import GGML_TYPES, GgmlType
 
 
 @pytest.mark.parametrize("ggml_type", GGML_TYPES.values(), ids=lambda ggml_type: ggml_type.name)

@@ -1,6 +1,8 @@
 """Tokens are those of llama.cpp on awkward texts, and text survives the round trip."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +208,12 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path):
 @pytest.mark.real_model
 def test_read_tokenizer_loads_no_weights():
     assert read_tokenizer(default_model_path()).vocab_size == 49152
+
+
+@pytest.mark.real_model
+def test_a_tokenizer_is_read_without_torch():
+    code = (
+        "import sys; from octavo.models import default_model_path, read_tokenizer; "
+        "read_tokenizer(default_model_path()); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -39,7 +39,7 @@ from octavo.kernels.hopper.backward_parts import (
     turn_of,
     write_gradient,
 )
-from octavo.kernels.hopper.flash_fwd import WG_ROWS, barriers, ragged_rows, sequence
+from octavo.kernels.hopper.flash_fwd import WG_ROWS, allocate_boxes, as_rows, barriers, box_at, sequence
 from octavo.kernels.hopper.gluon_compat import (
     FITS_THREE_PRODUCTS,
     barrier_arrive,
@@ -62,9 +62,8 @@ def step(  # noqa: PLR0915 (a step is one schedule)
     q_smem, k_smem, v_smem, g_smem, ds_smem, lse_smem, delta_smem, acc_smem = smem
     q_full, g_full, stat_full = bars
     acc_desc, acc_row, turns, last = sums
-    BLOCK_M: gl.constexpr = q_smem.shape[2]
-    D: gl.constexpr = q_smem.shape[4]
-    DV: gl.constexpr = g_smem.shape[4]
+    BLOCK_M: gl.constexpr = q_smem.shape[-3]
+    D: gl.constexpr = q_smem.shape[-1]
     Q_STAGES: gl.constexpr = q_smem.shape[0]
     S_LAYOUT: gl.constexpr = s.type.layout
     COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
@@ -72,14 +71,14 @@ def step(  # noqa: PLR0915 (a step is one schedule)
     q_stage, q_phase = stage_of(index, Q_STAGES)
     g_stage, g_phase = stage_of(index, g_smem.shape[0])
     mine = wg + opaque_zero(index)
-    q = q_smem.index(q_stage).reshape([BLOCK_M, D])
-    g = g_smem.index(g_stage).reshape([BLOCK_M, DV])
+    q = as_rows(q_smem.index(q_stage))
+    g = as_rows(g_smem.index(g_stage))
 
     mbarrier.wait(stat_full.index(q_stage), q_phase)
     delta = delta_smem.index(q_stage).load(COLS)
     dp = gl.full([WG_ROWS, BLOCK_M], 0.0, gl.float32, S_LAYOUT) - delta[None, :]
     mbarrier.wait(g_full.index(g_stage), g_phase)
-    dp = warpgroup_mma(v_smem.index(mine).reshape([WG_ROWS, DV]), g.permute((1, 0)), dp, is_async=True)
+    dp = warpgroup_mma(as_rows(v_smem.index(mine)), g.permute((1, 0)), dp, is_async=True)
 
     p, t = probabilities(s, lse_smem.index(q_stage).load(COLS), m, scores, keys, MASK, RIGHT, LEFT, SOFTCAP)
     a = as_operand(pack_pairs(p, dtype), dv, dtype)
@@ -98,7 +97,7 @@ def step(  # noqa: PLR0915 (a step is one schedule)
     dq = gl.full([64, 64], 0.0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
     for piece in gl.static_range(NUM_WG):
         ds_piece = ds_smem.index(half + piece)
-        k_piece = k_smem.index(mine - wg + piece).reshape([WG_ROWS, D])
+        k_piece = as_rows(k_smem.index(mine - wg + piece))
         if BLOCK_M == 64:
             k_piece = k_piece.slice(wg * 64, 64, dim=1)
         else:
@@ -110,7 +109,7 @@ def step(  # noqa: PLR0915 (a step is one schedule)
         dq = warpgroup_mma_wait(1, [dq])
     next_stage, next_phase = stage_of(index + 1, Q_STAGES)
     mbarrier.wait(q_full.index(next_stage), next_phase, pred=index + 1 < total)
-    s = issue_transposed(k_smem.index(mine).reshape([WG_ROWS, D]), q_smem.index(next_stage).reshape([BLOCK_M, D]))
+    s = issue_transposed(as_rows(k_smem.index(mine)), as_rows(q_smem.index(next_stage)))
     if BLOCK_M == 64 or FITS_THREE_PRODUCTS:
         dk = warpgroup_mma(b, q, dk, is_async=True)
         dq = warpgroup_mma_wait(2, [dq])
@@ -155,9 +154,9 @@ def consume(
     col, head_k, batch = place
     _start_q, start_k, len_q, len_k = lengths
     first_tile, head_tiles = tiles
-    BLOCK_M: gl.constexpr = q_smem.shape[2]
-    D: gl.constexpr = q_smem.shape[4]
-    DV: gl.constexpr = g_smem.shape[4]
+    BLOCK_M: gl.constexpr = q_smem.shape[-3]
+    D: gl.constexpr = q_smem.shape[-1]
+    DV: gl.constexpr = g_smem.shape[-1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     first_key = col + wg * WG_ROWS
     keys = first_key + gl.arange(0, WG_ROWS, gl.SliceLayout(1, S_LAYOUT))
@@ -168,7 +167,7 @@ def consume(
     dv = gl.full([WG_ROWS, DV], 0.0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
     mbarrier.wait(kv_full.index(0), 0)
     mbarrier.wait(q_full.index(0), 0, pred=total > 0)
-    s = issue_transposed(k_smem.index(wg).reshape([WG_ROWS, D]), q_smem.index(0).reshape([BLOCK_M, D]))
+    s = issue_transposed(as_rows(k_smem.index(wg)), as_rows(q_smem.index(0)))
     s = warpgroup_mma_wait(0, [s])
     index = 0
     last = turns
@@ -192,9 +191,9 @@ def consume(
     if IN_TURN:
         give_turn(last, total > 0)
     barrier_sync(DS_FULL, 128 * NUM_WG)  # both have read all of K
-    c0, c1 = ragged_rows(batch, start_k, len_k, first_key, WG_ROWS, VARLEN)
-    write_gradient(dv, dv_desc, [c0, c1, head_k, 0], v_smem.index(wg))
-    write_gradient(dk * out_scale, dk_desc, [c0, c1, head_k, 0], k_smem.index(wg))
+    coord = box_at(batch, start_k, len_k, first_key, head_k, VARLEN)
+    write_gradient(dv, dv_desc, coord, v_smem.index(wg))
+    write_gradient(dk * out_scale, dk_desc, coord, k_smem.index(wg))
     tma_store_wait(0)
 
 
@@ -210,9 +209,9 @@ def backward_kernel(
     SOFTCAP: gl.constexpr, IN_TURN: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV, and sums of dQ in fp32, not yet scaled; `num_n` thread blocks for each sequence and key head."""
-    BLOCK_M: gl.constexpr = q_desc.block_type.shape[1]
-    D: gl.constexpr = q_desc.block_type.shape[3]
-    DV: gl.constexpr = g_desc.block_type.shape[3]
+    BLOCK_M: gl.constexpr = q_desc.block_type.shape[-3]
+    D: gl.constexpr = q_desc.block_type.shape[-1]
+    DV: gl.constexpr = g_desc.block_type.shape[-1]
     dtype: gl.constexpr = q_desc.dtype
     pid = gl.program_id(0)
     n_block = pid % num_n
@@ -223,10 +222,10 @@ def backward_kernel(
     batch = pid // (num_n * heads_k)
     start_q, start_k, len_q, len_k = sequence(batch, (cu_q, cu_k, len_q, len_k), VARLEN, 0)
     if col < len_k:
-        q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, BLOCK_M, 1, D], q_desc.layout)
-        k_smem = gl.allocate_shared_memory(dtype, [NUM_WG, 1, WG_ROWS, 1, D], k_desc.layout)
-        v_smem = gl.allocate_shared_memory(dtype, [NUM_WG, 1, WG_ROWS, 1, DV], v_desc.layout)
-        g_smem = gl.allocate_shared_memory(dtype, [G_STAGES, 1, BLOCK_M, 1, DV], g_desc.layout)
+        q_smem = allocate_boxes(q_desc, Q_STAGES, BLOCK_M, D, VARLEN)
+        k_smem = allocate_boxes(k_desc, NUM_WG, WG_ROWS, D, VARLEN)
+        v_smem = allocate_boxes(v_desc, NUM_WG, WG_ROWS, DV, VARLEN)
+        g_smem = allocate_boxes(g_desc, G_STAGES, BLOCK_M, DV, VARLEN)
         ds_smem = gl.allocate_shared_memory(
             dtype, [2 * NUM_WG, WG_ROWS, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2)
         )  # fmt: skip

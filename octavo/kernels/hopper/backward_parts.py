@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
-from octavo.kernels.hopper.flash_fwd import LOG2E, WG_ROWS, ragged_rows
+from octavo.kernels.hopper.flash_fwd import LOG2E, WG_ROWS, as_rows, box_at
 from octavo.kernels.hopper.gluon_compat import (
     FIRST_BARRIER,
     barrier_sync_if,
@@ -94,9 +94,9 @@ def produce(
     i = gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     mbarrier.expect(kv_full.index(0), PIECES * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for piece in gl.static_range(PIECES):
-        c0, c1 = ragged_rows(batch, start_k, len_k, col + piece * WG_ROWS, WG_ROWS, VARLEN)
-        tma_load(k_desc, [c0, c1, head_k, 0], kv_full.index(0), k_smem.index(piece))
-        tma_load(v_desc, [c0, c1, head_k, 0], kv_full.index(0), v_smem.index(piece))
+        coord = box_at(batch, start_k, len_k, col + piece * WG_ROWS, head_k, VARLEN)
+        tma_load(k_desc, coord, kv_full.index(0), k_smem.index(piece))
+        tma_load(v_desc, coord, kv_full.index(0), v_smem.index(piece))
     begin, end, _, _ = query_blocks(col, len_q, len_k, window, PIECES * WG_ROWS, BLOCK_M, RIGHT, LEFT)
     index = 0
     for member in range(group):
@@ -104,12 +104,12 @@ def produce(
         row_stats = batch.to(gl.int64) * stat_b + head.to(gl.int64) * stat_h + start_q
         for m in range(begin, end):
             row = m * BLOCK_M
-            c0, c1 = ragged_rows(batch, start_q, len_q, row, BLOCK_M, VARLEN)
-            load_block(q_desc, [c0, c1, head, 0], index, q_smem, q_full, Q_EMPTY, Q_STAGES)
+            coord = box_at(batch, start_q, len_q, row, head, VARLEN)
+            load_block(q_desc, coord, index, q_smem, q_full, Q_EMPTY, Q_STAGES)
             used = row + i < len_q
             lse = gl.load(lse_ptr + row_stats + row + i, mask=used, other=float("inf"))
             delta = gl.load(delta_ptr + row_stats + row + i, mask=used, other=0.0)
-            load_block(g_desc, [c0, c1, head, 0], index, g_smem, g_full, G_EMPTY, G_STAGES)
+            load_block(g_desc, coord, index, g_smem, g_full, G_EMPTY, G_STAGES)
             stage = index % Q_STAGES
             # +inf gives P = 0, to rows behind the end and to rows that saw nothing
             lse_smem.index(stage).store(gl.where(lse == float("-inf"), float("inf"), lse) * LOG2E)
@@ -238,6 +238,6 @@ def turn_of(m, col, scores, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, RIGHT:
 @gluon.jit
 def write_gradient(x, desc, coord, smem):
     """Start the write of 64 rows of dK or dV through shared memory that nobody reads any more."""
-    smem.reshape([smem.shape[1], smem.shape[3]]).store(x.to(smem.dtype))
+    as_rows(smem).store(x.to(smem.dtype))
     fence_async_shared()
     tma_store(desc, coord, smem)

@@ -35,7 +35,7 @@ from octavo.kernels.hopper.backward_parts import (
     stage_of,
     write_gradient,
 )
-from octavo.kernels.hopper.flash_fwd import WG_ROWS, barriers, ragged_rows, sequence
+from octavo.kernels.hopper.flash_fwd import WG_ROWS, allocate_boxes, as_rows, barriers, box_at, sequence
 from octavo.kernels.hopper.gluon_compat import (
     barrier_arrive,
     barrier_sync,
@@ -56,17 +56,16 @@ def step_values(
     """Query block m of ring entry `index`, whose scores s come in; those of the next go out."""
     q_smem, k_smem, _v_smem, g_smem, p_smem, lse_smem, _delta_smem = smem
     q_full, g_full, stat_full = bars
-    BLOCK_M: gl.constexpr = q_smem.shape[2]
     S_LAYOUT: gl.constexpr = s.type.layout
     dtype: gl.constexpr = q_smem.dtype
     q_stage, q_phase = stage_of(index, q_smem.shape[0])
     g_stage, g_phase = stage_of(index, g_smem.shape[0])
-    g = g_smem.index(g_stage).reshape([BLOCK_M, g_smem.shape[4]])
-    k = k_smem.index(opaque_zero(index)).reshape([WG_ROWS, q_smem.shape[4]])
+    g = as_rows(g_smem.index(g_stage))
+    k = as_rows(k_smem.index(opaque_zero(index)))
 
     next_stage, next_phase = stage_of(index + 1, q_smem.shape[0])
     mbarrier.wait(q_full.index(next_stage), next_phase, pred=index + 1 < total)
-    following = issue_transposed(k, q_smem.index(next_stage).reshape([BLOCK_M, q_smem.shape[4]]))
+    following = issue_transposed(k, as_rows(q_smem.index(next_stage)))
     mbarrier.wait(stat_full.index(q_stage), q_phase)
     lse = lse_smem.index(q_stage).load(gl.SliceLayout(0, S_LAYOUT))
     p, t = probabilities(s, lse, m, scores, keys, MASK, RIGHT, LEFT, SOFTCAP)
@@ -90,13 +89,12 @@ def step_keys(index, total, dp, dk, smem, bars):
     """Ring entry `index`, whose dP comes in without δ; that of the next goes out."""
     q_smem, _k_smem, v_smem, g_smem, p_smem, _lse_smem, delta_smem = smem
     _q_full, g_full, stat_full = bars
-    BLOCK_M: gl.constexpr = q_smem.shape[2]
     S_LAYOUT: gl.constexpr = dp.type.layout
     dtype: gl.constexpr = q_smem.dtype
     q_stage, q_phase = stage_of(index, q_smem.shape[0])
     g_stage, _g_phase = stage_of(index, g_smem.shape[0])
-    q = q_smem.index(q_stage).reshape([BLOCK_M, q_smem.shape[4]])
-    v = v_smem.index(opaque_zero(index)).reshape([WG_ROWS, g_smem.shape[4]])
+    q = as_rows(q_smem.index(q_stage))
+    v = as_rows(v_smem.index(opaque_zero(index)))
 
     barrier_arrive(G_EMPTY + g_stage, 128 * (NUM_WG + 1))
     mbarrier.wait(stat_full.index(q_stage), q_phase)
@@ -107,7 +105,7 @@ def step_keys(index, total, dp, dk, smem, bars):
     barrier_arrive(P_EMPTY, 128 * NUM_WG)
     next_stage, next_phase = stage_of(index + 1, g_smem.shape[0])
     mbarrier.wait(g_full.index(next_stage), next_phase, pred=index + 1 < total)
-    dp = issue_transposed(v, g_smem.index(next_stage).reshape([BLOCK_M, g_smem.shape[4]]))
+    dp = issue_transposed(v, as_rows(g_smem.index(next_stage)))
     b = as_operand(ds, dk, dtype)
     dk = warpgroup_mma(b, q, dk, is_async=True)
     dp, dk, b = warpgroup_mma_wait(0, [dp, dk, b])
@@ -136,9 +134,8 @@ def consume_values(shared, RIGHT: gl.constexpr, LEFT: gl.constexpr, VARLEN: gl.c
     kv_full, q_full, g_full, stat_full = bars
     col, head_k, batch = place
     _start_q, start_k, len_q, len_k = lengths
-    BLOCK_M: gl.constexpr = q_smem.shape[2]
-    D: gl.constexpr = q_smem.shape[4]
-    DV: gl.constexpr = g_smem.shape[4]
+    BLOCK_M: gl.constexpr = q_smem.shape[-3]
+    DV: gl.constexpr = g_smem.shape[-1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     keys = col + gl.arange(0, WG_ROWS, gl.SliceLayout(1, S_LAYOUT))
     begin, end, clear_begin, clear_end = query_blocks(col, len_q, len_k, window, BLOCK_N, BLOCK_M, RIGHT, LEFT)
@@ -147,7 +144,7 @@ def consume_values(shared, RIGHT: gl.constexpr, LEFT: gl.constexpr, VARLEN: gl.c
     dv = gl.full([WG_ROWS, DV], 0.0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
     mbarrier.wait(kv_full.index(0), 0)
     mbarrier.wait(q_full.index(0), 0, pred=total > 0)
-    s = issue_transposed(k_smem.index(0).reshape([WG_ROWS, D]), q_smem.index(0).reshape([BLOCK_M, D]))
+    s = issue_transposed(as_rows(k_smem.index(0)), as_rows(q_smem.index(0)))
     s = warpgroup_mma_wait(0, [s])
     index = 0
     for _ in range(group):
@@ -166,8 +163,8 @@ def consume_values(shared, RIGHT: gl.constexpr, LEFT: gl.constexpr, VARLEN: gl.c
             )  # fmt: skip
     barrier_sync_if(total > 0, P_EMPTY, 128 * NUM_WG)
     barrier_sync(P_FULL, 128 * NUM_WG)  # both are through with K and V
-    c0, c1 = ragged_rows(batch, start_k, len_k, col, WG_ROWS, VARLEN)
-    write_gradient(dv, dv_desc, [c0, c1, head_k, 0], v_smem.index(0))
+    coord = box_at(batch, start_k, len_k, col, head_k, VARLEN)
+    write_gradient(dv, dv_desc, coord, v_smem.index(0))
     tma_store_wait(0)
 
 
@@ -179,21 +176,20 @@ def consume_keys(shared, RIGHT: gl.constexpr, LEFT: gl.constexpr, VARLEN: gl.con
     kv_full, q_full, g_full, stat_full = bars
     col, head_k, batch = place
     _start_q, start_k, len_q, len_k = lengths
-    BLOCK_M: gl.constexpr = q_smem.shape[2]
-    D: gl.constexpr = q_smem.shape[4]
-    DV: gl.constexpr = g_smem.shape[4]
+    BLOCK_M: gl.constexpr = q_smem.shape[-3]
+    D: gl.constexpr = q_smem.shape[-1]
     begin, end, _, _ = query_blocks(col, len_q, len_k, window, BLOCK_N, BLOCK_M, RIGHT, LEFT)
     total = gl.maximum(end - begin, 0) * group
     dk = gl.full([WG_ROWS, D], 0.0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
     mbarrier.wait(kv_full.index(0), 0)
     mbarrier.wait(g_full.index(0), 0, pred=total > 0)
-    dp = issue_transposed(v_smem.index(0).reshape([WG_ROWS, DV]), g_smem.index(0).reshape([BLOCK_M, DV]))
+    dp = issue_transposed(as_rows(v_smem.index(0)), as_rows(g_smem.index(0)))
     dp = warpgroup_mma_wait(0, [dp])
     for index in range(total):
         dp, dk = step_keys(index, total, dp, dk, smem, (q_full, g_full, stat_full))
     barrier_sync(P_FULL, 128 * NUM_WG)  # both are through with K and V
-    c0, c1 = ragged_rows(batch, start_k, len_k, col, WG_ROWS, VARLEN)
-    write_gradient(dk * out_scale, dk_desc, [c0, c1, head_k, 0], k_smem.index(0))
+    coord = box_at(batch, start_k, len_k, col, head_k, VARLEN)
+    write_gradient(dk * out_scale, dk_desc, coord, k_smem.index(0))
     tma_store_wait(0)
 
 
@@ -209,9 +205,9 @@ def dkdv_kernel(
     SOFTCAP: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     """dK and dV; `num_n` thread blocks for each sequence and key head."""
-    BLOCK_M: gl.constexpr = q_desc.block_type.shape[1]
-    D: gl.constexpr = q_desc.block_type.shape[3]
-    DV: gl.constexpr = g_desc.block_type.shape[3]
+    BLOCK_M: gl.constexpr = q_desc.block_type.shape[-3]
+    D: gl.constexpr = q_desc.block_type.shape[-1]
+    DV: gl.constexpr = g_desc.block_type.shape[-1]
     dtype: gl.constexpr = q_desc.dtype
     pid = gl.program_id(0)
     col = pid % num_n * BLOCK_N
@@ -219,10 +215,10 @@ def dkdv_kernel(
     batch = pid // (num_n * heads_k)
     start_q, start_k, len_q, len_k = sequence(batch, (cu_q, cu_k, len_q, len_k), VARLEN, 0)
     if col < len_k:
-        q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES, 1, BLOCK_M, 1, D], q_desc.layout)
-        k_smem = gl.allocate_shared_memory(dtype, [1, 1, WG_ROWS, 1, D], k_desc.layout)
-        v_smem = gl.allocate_shared_memory(dtype, [1, 1, WG_ROWS, 1, DV], v_desc.layout)
-        g_smem = gl.allocate_shared_memory(dtype, [G_STAGES, 1, BLOCK_M, 1, DV], g_desc.layout)
+        q_smem = allocate_boxes(q_desc, Q_STAGES, BLOCK_M, D, VARLEN)
+        k_smem = allocate_boxes(k_desc, 1, WG_ROWS, D, VARLEN)
+        v_smem = allocate_boxes(v_desc, 1, WG_ROWS, DV, VARLEN)
+        g_smem = allocate_boxes(g_desc, G_STAGES, BLOCK_M, DV, VARLEN)
         p_smem = gl.allocate_shared_memory(dtype, [1, WG_ROWS, BLOCK_M], gl.NVMMASharedLayout(128, 16, rank=2))
         lse_smem = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         delta_smem = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))

@@ -22,7 +22,6 @@ from octavo.kernels.hopper.descriptors import make_descriptor
 from octavo.kernels.hopper.dkdv_kernel import dkdv_kernel
 from octavo.kernels.hopper.flash_fwd import (
     LOG2E,
-    RAGGED_FAULT,
     WG_ROWS,
     _descriptor,
     _readable_by_tma,
@@ -74,8 +73,8 @@ def refuses_flash_bwd(
     reason = refuses_inputs(q, v, spec, t)
     if reason is not None:
         return reason
-    if t.cu_seqlens_q is not None or t.cu_seqlens_k is not None:
-        return RAGGED_FAULT
+    if (t.cu_seqlens_q is None) != (t.cu_seqlens_k is None):
+        return "it takes cu_seqlens_q and cu_seqlens_k together"
     if q.numel() == 0 or k.numel() == 0:
         return "there are no queries or no keys"
     return None

@@ -14,7 +14,7 @@ Long calls are bound by the card's power, so the design saves instructions and s
 registers once where they hold it, the output is rescaled only when a row's maximum has outgrown its reference 2^8
 times, sums over a row stay within a thread until the end, and P is carried packed.
 
-Rows of ragged (varlen) sequences are addressed so that TMA itself cuts at the end of each sequence, see `ragged_rows`.
+Rows of ragged (varlen) sequences are addressed so that TMA itself cuts at the end of each sequence, see `box_at`.
 Keys and values may lie in the pages of a cache (`paged_prefill`): then a block comes in boxes of up to one page.
 `docs/kernels/hopper_flash_fwd.md` draws the schedule and lists what was measured.
 """
@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from octavo.kernels.hopper.descriptors import MovedBack, make_descriptor
+from octavo.kernels.hopper.descriptors import WRAP, make_descriptor, ragged_descriptor
 from octavo.kernels.hopper.gluon_compat import (
     FIRST_BARRIER,
     KEEPS_LOOP_OPERANDS,
@@ -148,20 +148,33 @@ def visible_keys(row, len_q, len_k, window, RIGHT: gl.constexpr, LEFT: gl.conste
 
 
 @gluon.jit
-def ragged_rows(batch, start, length, row, N: gl.constexpr, VARLEN: gl.constexpr):
-    """First two TMA coordinates of N rows from `row` of a sequence; past its end TMA reads 0 and writes nothing.
+def box_at(batch, start, length, row, head, VARLEN: gl.constexpr):
+    """TMA coordinates of the box from `row` of a sequence on; past the sequence's end TMA reads 0 and writes nothing.
 
-    A varlen descriptor has the axes (row, row, head, dim) over one buffer, moved back by N rows, and its second axis
-    ends at N: starting that axis at N - (rows left) makes the hardware cut at the end of the sequence.
+    Dense descriptors have the axes (batch, row, head, dim). Ragged ones have three axes for the row over the same
+    buffer: the third ends at WRAP, so that starting it at WRAP - (rows left) makes the hardware cut at the end of the
+    sequence; the second steps to where the sequence ends; and the first, at WRAP, takes WRAP rows back, as its stride
+    times WRAP is a multiple of 2^64 less WRAP rows (`descriptors.ragged_descriptor`).
     """
     if VARLEN:
-        valid = gl.maximum(gl.minimum(length - row, N), 0)
-        first = start + row + valid
-        second = N - valid
+        return WRAP, start + length, WRAP - length + row, head, 0
     else:
-        first = batch
-        second = row
-    return first, second
+        return batch, row, head, 0
+
+
+@gluon.jit
+def allocate_boxes(desc, N: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, VARLEN: gl.constexpr):
+    """Shared memory for N blocks of rows, in the axes of their descriptor."""
+    if VARLEN:
+        return gl.allocate_shared_memory(desc.dtype, [N, 1, 1, ROWS, 1, COLUMNS], desc.layout)
+    else:
+        return gl.allocate_shared_memory(desc.dtype, [N, 1, ROWS, 1, COLUMNS], desc.layout)
+
+
+@gluon.jit
+def as_rows(box):
+    """The block (rows, columns) that a box in shared memory holds."""
+    return box.reshape([box.shape[-3], box.shape[-1]])
 
 
 # --------------------------------------------------------------------------------------------- producer
@@ -184,22 +197,22 @@ def load_pages(
     NUM_WG: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """`load_block` out of a paged cache: boxes of up to one page and 64 columns, which together are the block."""
-    ROWS: gl.constexpr = desc.block_type.shape[1]
-    PIECES: gl.constexpr = smem.shape[2] // ROWS
-    PANELS: gl.constexpr = smem.shape[4] // 64
+    ROWS: gl.constexpr = desc.block_type.shape[-3]
+    PIECES: gl.constexpr = smem.shape[-3] // ROWS
+    PANELS: gl.constexpr = smem.shape[-1] // 64
     stage = index % STAGES
     barrier_sync_if(index >= STAGES, EMPTY + stage, 128 * (NUM_WG + 1))
     mbarrier.expect(full.index(stage), PIECES * PANELS * desc.block_type.nbytes)
-    boxes = reinterpret(smem.index(stage), [PANELS * PIECES, 1, ROWS, 1, 64], desc.layout)
+    boxes = reinterpret(smem.index(stage), [PANELS * PIECES, 1, 1, ROWS, 1, 64], desc.layout)
     for piece in gl.static_range(PIECES):
-        key = block * smem.shape[2] + piece * ROWS
+        key = block * smem.shape[-3] + piece * ROWS
         page = gl.load(table + key // PAGE, mask=key < len_k, other=0)
-        # as in `ragged_rows`: rows past the end of the sequence, whose pages may hold anything, come as zeros
-        valid = gl.maximum(gl.minimum(len_k - key, ROWS), 0)
-        row = page * PAGE + key % PAGE + valid
+        # rows past the end of the sequence, whose pages may hold anything, come as zeros: see `box_at`
+        start = page * PAGE + key % PAGE
+        length = len_k - key
         for panel in gl.static_range(PANELS):
             box = boxes.index(panel * PIECES + piece)
-            tma_load(desc, [row, ROWS - valid, head, panel * 64], full.index(stage), box)
+            tma_load(desc, [WRAP, start + length, WRAP - length, head, panel * 64], full.index(stage), box)
 
 
 @gluon.jit
@@ -238,8 +251,8 @@ def produce(
             for wg in gl.static_range(NUM_WG):
                 mbarrier.wait(q_empty.index(wg), (loaded & 1) ^ 1)
                 mbarrier.expect(q_full.index(wg), q_desc.block_type.nbytes)
-                c0, c1 = ragged_rows(batch, start_q, len_q, row + wg * WG_ROWS, WG_ROWS, VARLEN)
-                tma_load(q_desc, [c0, c1, head, 0], q_full.index(wg), q_smem.index(wg))
+                coord = box_at(batch, start_q, len_q, row + wg * WG_ROWS, head, VARLEN)
+                tma_load(q_desc, coord, q_full.index(wg), q_smem.index(wg))
             loaded += 1
             for n in range(begin, end):
                 block = begin + end - 1 - n
@@ -254,8 +267,7 @@ def produce(
                         V_EMPTY, STAGES, NUM_WG, PAGE,
                     )  # fmt: skip
                 else:
-                    c0, c1 = ragged_rows(batch, start_k, len_k, block * BLOCK_N, BLOCK_N, VARLEN)
-                    coord = [c0, c1, head // group, 0]
+                    coord = box_at(batch, start_k, len_k, block * BLOCK_N, head // group, VARLEN)
                     load_block(k_desc, coord, index, k_smem, k_full, K_EMPTY, STAGES, NUM_WG)
                     load_block(v_desc, coord, index, v_smem, v_full, V_EMPTY, STAGES, NUM_WG)
                 index += 1
@@ -332,8 +344,7 @@ def rows_as(x, like):
 def issue_scores(q, index, k_smem, k_full, wg: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Start Q·Kᵀ of ring entry `index`, once this warpgroup has its turn at the tensor cores."""
     stage = index % STAGES
-    k = k_smem.index(stage)
-    k = k.reshape([k.shape[1], k.shape[3]])
+    k = as_rows(k_smem.index(stage))
     mbarrier.wait(k_full.index(stage), (index // STAGES) & 1)
     barrier_sync(TURN + wg, 256)
     zero = gl.full([WG_ROWS, k.shape[0]], 0.0, gl.float32, S_LAYOUT)
@@ -344,8 +355,7 @@ def issue_scores(q, index, k_smem, k_full, wg: gl.constexpr, STAGES: gl.constexp
 def issue_values(p, o, index, v_smem, v_full, STAGES: gl.constexpr):
     """Start O += P·V of ring entry `index`."""
     stage = index % STAGES
-    v = v_smem.index(stage)
-    v = v.reshape([v.shape[1], v.shape[3]])
+    v = as_rows(v_smem.index(stage))
     mbarrier.wait(v_full.index(stage), (index // STAGES) & 1)
     return warpgroup_mma(p, v, o, is_async=True)
 
@@ -431,10 +441,10 @@ def attend(
     """
     k_smem, v_smem = smem
     k_full, v_full = bars
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, k_smem.shape[2], 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, v_smem.shape[4], 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, k_smem.shape[-3], 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, v_smem.shape[-1], 16])
     top = gl.full([WG_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    o = gl.full([WG_ROWS, v_smem.shape[4]], 0.0, gl.float32, O_LAYOUT)
+    o = gl.full([WG_ROWS, v_smem.shape[-1]], 0.0, gl.float32, O_LAYOUT)
     _, own_end, clear_begin, clear_end = own
     if RIGHT:
         own_end = gl.minimum(gl.maximum(own_end, begin + 1), end)
@@ -474,7 +484,7 @@ def attend(
 def write_rows(o, desc, coord, smem):
     """Start the write of a warpgroup's output; the one before it has been read out of shared memory by then."""
     tma_store_wait(0)
-    smem.reshape([smem.shape[1], smem.shape[3]]).store(o.to(smem.dtype))
+    as_rows(smem).store(o.to(smem.dtype))
     fence_async_shared()
     tma_store(desc, coord, smem)
 
@@ -491,12 +501,12 @@ def consume(
     q_smem, k_smem, v_smem, o_smem, tiles = smem
     q_full, q_empty, k_full, v_full, tile_full, tile_empty = bars
     ROWS: gl.constexpr = WG_ROWS * NUM_WG
-    DV: gl.constexpr = v_smem.shape[4]
+    DV: gl.constexpr = v_smem.shape[-1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     lse_b, lse_h = lse_strides
-    q_tile = q_smem.index(wg).reshape([WG_ROWS, q_smem.shape[4]])
+    q_tile = as_rows(q_smem.index(wg))
     if wg == NUM_WG - 1:
         barrier_arrive(TURN + 0, 256)  # the first warpgroup has the first turn
     index, turn, loaded = 0, 0, 0
@@ -531,8 +541,8 @@ def consume(
             factor, lse = normalise(top, l, head, sink_ptr, SINK)
             lse_row = lse_ptr + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + start_q
             gl.store(lse_row + row, lse, mask=row < len_q)
-            c0, c1 = ragged_rows(batch, start_q, len_q, first_row, WG_ROWS, VARLEN)
-            write_rows(o * rows_as(factor, o), o_desc, [c0, c1, head, 0], o_smem.index(wg))
+            coord = box_at(batch, start_q, len_q, first_row, head, VARLEN)
+            write_rows(o * rows_as(factor, o), o_desc, coord, o_smem.index(wg))
             if O_IN_Q:
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index(wg), count=1)
@@ -566,16 +576,15 @@ def flash_fwd_kernel(
     VARLEN: gl.constexpr, PAGE: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
     O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr, DYNAMIC: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
-    D: gl.constexpr = q_desc.block_type.shape[3]
-    DV: gl.constexpr = o_desc.block_type.shape[3]
-    dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [NUM_WG, 1, WG_ROWS, 1, D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DV], v_desc.layout)
+    D: gl.constexpr = q_desc.block_type.shape[-1]
+    DV: gl.constexpr = o_desc.block_type.shape[-1]
+    q_smem = allocate_boxes(q_desc, NUM_WG, WG_ROWS, D, VARLEN)
+    k_smem = allocate_boxes(k_desc, STAGES, BLOCK_N, D, VARLEN)
+    v_smem = allocate_boxes(v_desc, STAGES, BLOCK_N, DV, VARLEN)
     if O_IN_Q:
         o_smem = q_smem
     else:
-        o_smem = gl.allocate_shared_memory(dtype, [NUM_WG, 1, WG_ROWS, 1, DV], o_desc.layout)
+        o_smem = allocate_boxes(o_desc, NUM_WG, WG_ROWS, DV, VARLEN)
     tiles = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     smem = (q_smem, k_smem, v_smem, o_smem, tiles)
     bars = (
@@ -661,9 +670,6 @@ TILES = {
     (256, 128): Tile(2, 64, 2, 240, 168),
     (256, 256): Tile(2, 64, 2, 240, 168, out_in_q=True),
 }
-# an illegal memory access came up in long ragged calls (17 × 377–544 rows; prefill in the engine), never in the tests'
-# short ones; not found yet, so ragged calls go elsewhere. See docs/log/hopper_train.md
-RAGGED_FAULT = "ragged sequences are switched off: long ones ended in an illegal memory access that is not understood"
 MIN_QUERIES = 64  # with fewer rows most of a tile is empty, and splitting the keys matters more
 LONG_KEYS = 1024  # from here on, splitting the keys over an idle half of the GPU should pay (by count, not measured)
 L2_SHARE = 32 << 20  # bytes of keys and values that one section of heads may keep in the 50 MB L2
@@ -693,8 +699,8 @@ def refuses_flash_fwd(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, t: A
     reason = refuses_inputs(q, v, spec, t)
     if reason is not None:
         return reason
-    if t.cu_seqlens_q is not None or t.cu_seqlens_k is not None:
-        return RAGGED_FAULT
+    if (t.cu_seqlens_q is None) != (t.cu_seqlens_k is None):
+        return "it takes cu_seqlens_q and cu_seqlens_k together"
     if k.numel() == 0:
         return "there are no keys"
     batch, len_q, len_k = _sizes(q, k, t)
@@ -830,19 +836,17 @@ def _readable_by_tma(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-
-
 def _descriptor(x: Tensor, rows: int, varlen: bool, width: int = 0) -> TensorDescriptor:
-    """Boxes of `rows` rows of one head: axes (batch, row, head, dim), or (row, row, head, dim) as in `ragged_rows`.
-
-    `width` columns, or all.
-    """
+    """Boxes of `rows` rows of one head for `box_at`, of `width` columns, or all."""
     shape, strides = list(x.shape), list(x.stride())
     if 1 in shape:  # TMA checks the stride of an axis of size 1 too, and torch may hold anything there
         strides = [stride if size > 1 else shape[-1] for size, stride in zip(shape, strides, strict=True)]
-    box = [1, rows, 1, width or _width(x.shape[-1])]
+    strides[-1] = 1
+    box = [rows, 1, width or _width(x.shape[-1])]
     if varlen:
-        base = MovedBack(x, rows * strides[0] * x.element_size())
-        return make_descriptor(base, [shape[0] + 1, rows, *shape[1:]], [strides[0], *strides[:-1], 1], box, _LAYOUT)
-    return make_descriptor(x, shape, [*strides[:-1], 1], box, _LAYOUT)
+        return ragged_descriptor(x, shape, strides, box, _RAGGED_LAYOUT)
+    return make_descriptor(x, shape, strides, [1, *box], _LAYOUT)
+
+
+_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+_RAGGED_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)

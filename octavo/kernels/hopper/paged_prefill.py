@@ -7,7 +7,6 @@ of its own, so where most sequences have one the kernels that pack heads and spl
 
 from octavo.kernels.hopper.flash_fwd import (
     MIN_QUERIES,
-    RAGGED_FAULT,
     TILES,
     _descriptor,
     _width,
@@ -16,7 +15,6 @@ from octavo.kernels.hopper.flash_fwd import (
 )
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 
-SWITCHED_OFF = True  # see RAGGED_FAULT
 MIN_BOX = 16  # rows of the smallest box: two of the 8-row pieces in which shared memory is laid out
 MIN_MEAN_QUERIES = 128  # one tile a sequence: with fewer, most tiles would hold one decode row (by count, not measured)
 _UNSUPPORTED = ("seqused_q", "leftpad_k", "qv", "alibi_slopes", "attn_bias")
@@ -26,8 +24,6 @@ def refuses_paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, t: AttentionTensors, num_splits: int = 0
 ) -> str | None:
     """Why this backend cannot take the call, or None."""
-    if SWITCHED_OFF:
-        return RAGGED_FAULT
     reason = refuses_inputs(q, v_cache, spec, t, _UNSUPPORTED)
     if reason is not None:
         return reason

@@ -28,7 +28,7 @@ def backward(dout, q, k, v, out, lse, spec, t=NO_TENSORS):
     from octavo.kernels.hopper.flash_bwd import flash_bwd, refuses_flash_bwd
 
     arguments = (dout, q, k, v, out, lse, spec, t)
-    assert t.cu_seqlens_q is not None or refuses_flash_bwd(*arguments) is None  # ragged ones are switched off
+    assert refuses_flash_bwd(*arguments) is None
     return flash_bwd(*arguments)[:3]
 
 

@@ -22,7 +22,7 @@ from octavo.kernels.hopper.gluon_compat import FIRST_BARRIER  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block of sm_90 may have
 
-LAYOUT, SUMS_LAYOUT = repr(flash_fwd._LAYOUT), repr(flash_bwd._SUMS_LAYOUT)
+SUMS_LAYOUT = repr(flash_bwd._SUMS_LAYOUT)
 
 PLAIN = {"RIGHT": False, "LEFT": False, "VARLEN": False, "PAGE": 0, "EVEN": True, "SOFTCAP": False, "SINK": False}
 CAUSAL = PLAIN | {"RIGHT": True, "EVEN": False}
@@ -45,7 +45,7 @@ def compile_forward(widths: tuple[int, int], dtype: str, flags: dict[str, int], 
         "v_desc": (flags["PAGE"], 64) if flags["PAGE"] else (tile.block_n, widths[1]),
         "o_desc": (64, widths[1]),
     }
-    types = boxes_of_rows(boxes, dtype)
+    types = boxes_of_rows(boxes, dtype, flags["VARLEN"])
     types |= {"lse_ptr": "*fp32", "sink_ptr": "*fp32", "cu_q": "*i32", "cu_k": "*i32", "counter": "*i32"}
     types |= {"table": "*i32", "scale": "fp32", "cap": "fp32"}
     constants = flags | {
@@ -69,7 +69,7 @@ def compile_backward(widths: tuple[int, int], dtype: str, flags: dict[str, int],
         **dict.fromkeys(("k_desc", "dk_desc"), (64, widths[0])),
         **dict.fromkeys(("v_desc", "dv_desc"), (64, widths[1])),
     }
-    types = boxes_of_rows(boxes, dtype)
+    types = boxes_of_rows(boxes, dtype, flags["VARLEN"])
     if tile.sums_rows:
         types["acc_desc"] = f"tensordesc<fp32[{tile.sums_rows}, 32],{SUMS_LAYOUT}>"
     else:
@@ -80,9 +80,10 @@ def compile_backward(widths: tuple[int, int], dtype: str, flags: dict[str, int],
     return compile_kernel(tile.kernel, types, constants, tile.max_registers, folder)
 
 
-def boxes_of_rows(boxes: dict[str, tuple[int, int]], dtype: str) -> dict[str, str]:
+def boxes_of_rows(boxes: dict[str, tuple[int, int]], dtype: str, varlen: int) -> dict[str, str]:
     """Types of tensor descriptors, by (rows, columns)."""
-    return {name: f"tensordesc<{dtype}[1, {rows}, 1, {dim}],{LAYOUT}>" for name, (rows, dim) in boxes.items()}
+    before, layout = ("1, 1", flash_fwd._RAGGED_LAYOUT) if varlen else ("1", flash_fwd._LAYOUT)
+    return {name: f"tensordesc<{dtype}[{before}, {rows}, 1, {dim}],{layout!r}>" for name, (rows, dim) in boxes.items()}
 
 
 def compile_kernel(
@@ -182,6 +183,7 @@ BACKWARD_IN_TURN = BACKWARD_PLAIN | {"IN_TURN": True}
         ((64, 64), "fp16", BACKWARD_CAUSAL),
         ((128, 128), "bf16", BACKWARD_PLAIN),
         ((128, 128), "bf16", BACKWARD_IN_TURN),
+        ((128, 128), "bf16", BACKWARD_CAUSAL | {"VARLEN": True}),
         ((256, 128), "bf16", BACKWARD_PLAIN),
         ((256, 256), "bf16", BACKWARD_CAUSAL),
     ],

@@ -194,7 +194,7 @@ def paged_rows(batch: int, context: int, heads: int, kv_heads: int, page: int) -
 
 def mla_rows(batch: int, context: int, heads: int, page: int) -> list[dict]:
     t, blocks = tensors_of(page, lengths_of(batch, context))
-    cache = torch.randn(1 + blocks, page, LATENT + ROPE, device="cuda", dtype=torch.bfloat16)[1:]
+    cache = torch.randn(blocks, page, LATENT + ROPE, device="cuda", dtype=torch.bfloat16)
     q = torch.randn(batch, heads, LATENT + ROPE, device="cuda", dtype=torch.bfloat16)
     spec = AttentionSpec((128 + ROPE) ** -0.5, window_right=0)
     one, used = first_sequence(t)

@@ -200,9 +200,8 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> LayerLatentCache:
         """An empty cache for this layer; dtype and device default to those of its output projection."""
         dtype, device = dtype or self.o_proj.activation_dtype, device or self.o_proj.device
-        shape = (1 + num_blocks, block_size, self.kv_rank + self.rope_head_dim)
-        # the Hopper decode kernel addresses the cache from one block before it
-        return LayerLatentCache(torch.zeros(shape, dtype=dtype, device=device)[1:])
+        shape = (num_blocks, block_size, self.kv_rank + self.rope_head_dim)
+        return LayerLatentCache(torch.zeros(shape, dtype=dtype, device=device))
 
     def load_deepseek(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copy the weights of one `self_attn` of a DeepSeek-V2 or -V3 checkpoint, by its names without their prefix.

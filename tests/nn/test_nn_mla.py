@@ -150,7 +150,7 @@ def test_cache_keeps_rank_plus_rope_numbers_per_token(dtype: torch.dtype, size: 
     cache = latent_attention(dtype=dtype).new_cache(num_blocks=5, block_size=16)
     assert cache.bytes_per_token == (24 + 8) * size
     stored = sum(t.untyped_storage().nbytes() for t in cache.tensors)
-    assert stored == (1 + 5) * 16 * (24 + 8) * size  # one spare block, see `new_cache`
+    assert stored == 5 * 16 * (24 + 8) * size
 
 
 def test_deepseek_v3_caches_576_numbers_per_token() -> None:

@@ -15,7 +15,7 @@ leaves pieces in fp32, which `combine_kernel` weighs by exp(LSE_piece − LSE).
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from octavo.kernels.hopper.descriptors import make_descriptor
+from octavo.kernels.hopper.descriptors import WRAP, ragged_descriptor
 from octavo.kernels.hopper.gluon_compat import (
     reinterpret,
     scale_unless_one,
@@ -103,15 +103,18 @@ def piece(unit, unit_end, start, length):
 
 
 @gluon.jit
-def load_columns(row, valid, desc, column, full, smem, g: gl.constexpr, GROUP: gl.constexpr):
-    """Load GROUP rows of one page, the g-th of a block, into their place in smem (1, BLOCK, width)."""
+def load_columns(row, left, desc, column, full, smem, g: gl.constexpr, GROUP: gl.constexpr):
+    """Load GROUP rows of one page, the g-th of a block, into their place in smem; those from the `left`-th on as zeros.
+
+    The descriptor is a `ragged_descriptor`.
+    """
     if GROUP == BLOCK:
-        tma_load(desc, [row + valid, BLOCK - valid, column], full, smem)
+        tma_load(desc, [WRAP, row + left, WRAP - left, column], full, smem)
     else:
-        chunks: gl.constexpr = smem.shape[2] // 64
-        tiles = reinterpret(smem, [BLOCK // GROUP * chunks, 1, GROUP, 64], desc.layout)
+        chunks: gl.constexpr = smem.shape[-1] // 64
+        tiles = reinterpret(smem, [BLOCK // GROUP * chunks, 1, 1, GROUP, 64], desc.layout)
         for c in gl.static_range(chunks):
-            at = [row + valid, GROUP - valid, column + c * 64]
+            at = [WRAP, row + left, WRAP - left, column + c * 64]
             tma_load(desc, at, full, tiles.index(c * (BLOCK // GROUP) + g))
 
 
@@ -120,21 +123,17 @@ def load_block(
     n, stage, length, table, page_rows, desc, smem, full,
     COLUMN: gl.constexpr, PAGE: gl.constexpr, GROUP: gl.constexpr, ENDS: gl.constexpr,
 ):  # fmt: skip
-    """Load the columns from COLUMN of block n into a stage of smem; where the sequence ENDS in it, zeros follow.
-
-    The descriptor's axes are (row, row, column) over the cache moved back by GROUP rows, and the second axis ends at
-    GROUP: starting it at GROUP - valid makes the hardware cut there.
-    """
-    mbarrier.expect(full.index(stage), 2 * BLOCK * smem.shape[3])
+    """Load the columns from COLUMN of block n into a stage of smem; where the sequence ENDS in it, zeros follow."""
+    mbarrier.expect(full.index(stage), 2 * BLOCK * smem.shape[-1])
     for g in gl.static_range(BLOCK // GROUP):
-        valid = GROUP
+        left = GROUP
         if ENDS:
-            valid = gl.minimum(gl.maximum(length - n * BLOCK - g * GROUP, 0), GROUP)
+            left = length - n * BLOCK - g * GROUP
         if PAGE <= BLOCK:
-            row = gl.load(table + n * (BLOCK // GROUP) + g, mask=valid > 0, other=0) * page_rows
+            row = gl.load(table + n * (BLOCK // GROUP) + g, mask=left > 0, other=0) * page_rows
         else:
             row = gl.load(table + n // (PAGE // BLOCK)) * page_rows + n % (PAGE // BLOCK) * BLOCK
-        load_columns(row, valid, desc, COLUMN, full.index(stage), smem.index(stage), g, GROUP)
+        load_columns(row, left, desc, COLUMN, full.index(stage), smem.index(stage), g, GROUP)
 
 
 @gluon.jit
@@ -404,9 +403,9 @@ def mla_decode_kernel(
     dtype: gl.constexpr = latent_desc.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     column: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    left_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, HALF], latent_desc.layout)
-    right_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, HALF], latent_desc.layout)
-    rope_smem = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, ROPE], latent_desc.layout)  # and P, once multiplied
+    left_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, HALF], latent_desc.layout)
+    right_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK, HALF], latent_desc.layout)
+    rope_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK, ROPE], latent_desc.layout)  # and P, once multiplied
     q_smem = gl.allocate_shared_memory(dtype, [2, ROWS, 64], flat)
     factor_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], column)
     top_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], column)
@@ -463,10 +462,6 @@ def refuses_mla_decode(
         return "it takes caches whose tokens are a whole number of 16-byte rows apart"
     if kv_cache.data_ptr() % 16:
         return "it takes caches that begin on 16 bytes"
-    if kv_cache.storage_offset() < min(page, BLOCK.value) * kv_cache.stride(1):
-        return (
-            "its TMA descriptors begin a page before the cache: allocate one spare block before it, as octavo.nn does"
-        )
     rows = t.max_seqlen_q * q.shape[-2]
     if t.cu_seqlens_q is None or rows > MAX_ROWS:
         return f"it takes packed queries of up to {MAX_ROWS} rows (tokens × heads) a sequence, not {rows}"
@@ -476,34 +471,13 @@ def refuses_mla_decode(
     return f"it does not take {', '.join(given)}" if given else None
 
 
-_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-
-
-class MovedBack(NamedTuple):
-    """Address and dtype of a tensor some bytes earlier, in the shape that Triton's descriptors ask for."""
-
-    tensor: Tensor
-    offset: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def data_ptr(self) -> int:
-        return self.tensor.data_ptr() - self.offset
+_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 def _descriptor(cache: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Boxes (1, rows, columns) over axes (row, row, column), as `load_block` addresses them.
-
-    The base lies `rows` rows before the cache. Nothing is read there, yet such a base outside of any allocation is the
-    suspect in an illegal access of other kernels (docs/log/hopper_train.md), so `refuses_mla_decode` asks that the
-    memory be the cache's own.
-    """
-    stride = cache.stride(1)
-    num_rows = (cache.shape[0] - 1) * (cache.stride(0) // stride) + cache.shape[1]
-    base: Any = MovedBack(cache, rows * stride * cache.element_size())
-    return make_descriptor(base, [num_rows + 1, rows, cache.shape[2]], [stride, stride, 1], [1, rows, columns], _LAYOUT)
+    """Boxes of rows and columns of the cache, seen as one run of rows."""
+    shape, strides = [cache.shape[0] * cache.shape[1], cache.shape[2]], [cache.stride(1), 1]
+    return ragged_descriptor(cache, shape, strides, [rows, columns], _LAYOUT)
 
 
 class LatentCall(NamedTuple):

@@ -21,7 +21,6 @@ from octavo.kernels.hopper import mla_decode  # noqa: E402
 from octavo.kernels.hopper.gluon_compat import KEEPS_LOOP_OPERANDS  # noqa: E402
 from octavo.kernels.spec import AttentionSpec, AttentionTensors  # noqa: E402
 from octavo.kernels.triton.decode_launch import Launch  # noqa: E402
-from octavo.nn import MultiHeadLatentAttention  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block of sm_90 may have
 CAUSAL = AttentionSpec(0.07, window_right=0)
@@ -49,7 +48,7 @@ def call(page=64, heads=16, dtype=torch.bfloat16, width=576, queries=1, batch=4,
         block_table=torch.zeros(batch, 8, dtype=torch.int32), seqused_k=torch.ones(batch, dtype=torch.int32), **tensors,
     )  # fmt: skip
     q = torch.empty(batch * queries, heads, width, dtype=dtype)
-    return q, torch.empty(1 + 32, page, width, dtype=dtype)[1:], width - 64, CAUSAL, t
+    return q, torch.empty(32, page, width, dtype=dtype), width - 64, CAUSAL, t
 
 
 def divides_16(value):
@@ -121,12 +120,3 @@ def test_latent_decode_compiles_to_what_the_design_needs(monkeypatch, tmp_path, 
 def test_refuses_what_it_cannot_take_and_says_why(change, says):
     assert mla_decode.refuses_mla_decode(*call()) is None
     assert says in mla_decode.refuses_mla_decode(*call(**change))
-
-
-def test_refuses_a_cache_without_a_spare_block_before_it():
-    q, cache, *rest = call()
-    assert "spare block" in mla_decode.refuses_mla_decode(q, cache.clone(), *rest)
-    attention = MultiHeadLatentAttention(64, 2, None, 512, nope_head_dim=16, v_head_dim=16)
-    made = attention.new_cache(8, 64, dtype=torch.bfloat16).latent
-    assert made.shape == (8, 64, 576)
-    assert mla_decode.refuses_mla_decode(q, made, *rest) is None

@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from octavo.server import chat, completions, embeddings, observe, protocol, responses, tokens
 from octavo.server.errors import KINDS, ApiError
-from octavo.server.guards import HostCheck, KeyCheck, RequestLog, error_response, json_response, read_json
+from octavo.server.guards import HeadCheck, HostCheck, KeyCheck, RequestLog, error_response, json_response, read_json
 from octavo.server.openapi import document
 from octavo.server.protocol import decode
 from octavo.server.service import Service
@@ -111,13 +111,14 @@ def build_app(service: Service) -> Any:
     open_paths = frozenset({endpoint.path for endpoint in ENDPOINTS if endpoint.open} | page_paths)
     middleware = [
         Middleware(RequestLog, service.metrics.answered, paths),
+        Middleware(HeadCheck),
         Middleware(KeyCheck, service.settings.api_keys, open_paths),
     ]
     if not service.settings.api_keys and service.settings.host in LOOPBACK:
-        middleware.insert(1, Middleware(HostCheck))
+        middleware.insert(2, Middleware(HostCheck))
     if service.settings.allowed_origins:
         cors: dict[str, Any] = {"allow_origins": service.settings.allowed_origins, "allow_methods": ["GET", "POST"]}
-        middleware.insert(1, Middleware(CORSMiddleware, allow_headers=["Authorization", "Content-Type"], **cors))
+        middleware.insert(2, Middleware(CORSMiddleware, allow_headers=["Authorization", "Content-Type"], **cors))
     routes = [
         *(Route(e.path, _route(service, e), methods=[e.method]) for e in ENDPOINTS),
         Mount("/", _with_policy(StaticFiles(directory=PAGE, html=True))),

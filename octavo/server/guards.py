@@ -27,6 +27,7 @@ _REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 _PLAIN = re.compile(r"[\w.,:/@+%-]+")
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
 _CLOSE = {"Connection": "close"}
+MAX_HEAD = 32 << 10  # bytes of a request's line and headers
 LINGER = 1.0  # seconds that a refused body is still read and dropped: an answer amid its sending would be lost
 _COMMON_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
@@ -108,6 +109,31 @@ class RequestLog:
             tokens = {"prompt_tokens": info.prompt_tokens, "output_tokens": info.output_tokens}
         line = {"request_id": info.request_id, "method": scope["method"], "path": path, "status": status}
         logger.info(log_line("request", **line, seconds=seconds, **tokens))
+
+
+class HeadCheck:
+    """431 for a request's line and headers of more than MAX_HEAD bytes in all: what comes in one read is parsed whole,
+    whatever its size."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _head_size(scope) > MAX_HEAD:
+            await error_response(head_too_large())(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+def head_too_large() -> ApiError:
+    return ApiError(431, f"the request's line and headers are larger than {MAX_HEAD:,} bytes", headers=_CLOSE)
+
+
+def _head_size(scope: Scope) -> int:
+    """Bytes of a head, with one space behind each colon, as HTTP/1.1 writes it."""
+    line = len(scope["method"]) + len(scope["raw_path"]) - len(scope.get("root_path", "")) + len("  HTTP/1.1\r\n")
+    query = len(scope["query_string"]) + 1 if scope["query_string"] else 0
+    return line + query + sum([len(name) + len(value) + 4 for name, value in scope["headers"]]) + 2
 
 
 class KeyCheck:

@@ -12,16 +12,19 @@ if TYPE_CHECKING:
     from octavo.server.app import Endpoint
 
 REF = "#/components/schemas/{name}"
+EVERYWHERE = (403, 431)
 ANY_BODY = (400, 408, 413, 415)  # errors of every endpoint that reads a body
 DESCRIPTIONS = {
     200: "The answer",
     400: "A field is wrong; error.param names it",
     401: "No valid API key",
+    403: "Called by a name that is not this machine's",
     404: "Unknown model or path",
     408: "The body came too slowly",
     413: "The body is too large",
     415: "The body is not JSON",
     429: "The queue is full; Retry-After says when to come back",
+    431: "The request's line and headers are too large",
     500: "A step of the engine failed",
     503: "The engine is away for a moment",
     504: "The answer took too long",
@@ -53,16 +56,16 @@ def _operation(endpoint: "Endpoint", with_keys: bool) -> dict[str, Any]:
         content["text/event-stream"] = {
             "schema": {"type": "string", "description": f"Events of {endpoint.chunk.__name__}, then [DONE]"}
         }
-    statuses = set(endpoint.statuses)
+    statuses = {*endpoint.statuses, *EVERYWHERE}
     if endpoint.body is not None:
         statuses |= {*ANY_BODY, 404}
     if with_keys and not endpoint.open:
         statuses.add(401)
     error = {"application/json": {"schema": _schema(ErrorResponse)}}
-    if endpoint.open:
-        error = content  # of /health, whose 503 says why
-    responses = {"200": {"description": DESCRIPTIONS[200], "content": content}}
-    responses |= {str(status): {"description": DESCRIPTIONS[status], "content": error} for status in sorted(statuses)}
+    contents = dict.fromkeys(sorted(statuses), error) | {200: content}
+    if endpoint.open and 503 in statuses:
+        contents[503] = content  # of /health, which says why
+    responses = {str(s): {"description": DESCRIPTIONS[s], "content": told} for s, told in contents.items()}
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
         "operationId": endpoint.handler.__name__,

@@ -17,13 +17,14 @@ from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo.server.app import build_app
+from octavo.server.errors import ApiError
+from octavo.server.guards import MAX_HEAD, head_too_large
 from octavo.server.service import Service
 from octavo.server.settings import ServerSettings
 
 logger = logging.getLogger("octavo.server")
 
 LAST_WORDS = 5.0  # seconds for the ended streams to say why
-MAX_HEAD = 32 << 10  # bytes of a request's line and headers
 
 
 class _Config(Config):
@@ -58,6 +59,18 @@ class _Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP, or the endless beginning of it, gets an error of the same shape as all others, too."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else in the middle, or behind, an answer
+            received, _ = self.conn.trailing_data
+            error = head_too_large() if len(received) > MAX_HEAD else ApiError(400, "expected HTTP/1.1")
+            body = error.json()
+            fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+            head = h11.Response(status_code=error.status, headers=[*fields.items()])
+            events = (head, h11.Data(data=body), h11.EndOfMessage())
+            self.transport.write(b"".join([self.conn.send(event) or b"" for event in events]))
+        self.transport.close()
 
     def abort(self) -> None:
         """Closes without waiting for the client to read the rest."""

@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -122,3 +126,27 @@ def serve(tiny_model_dir):
         yield lambda options=None, **settings: stack.enter_context(
             running(tiny_model_dir, options, **{"shutdown_timeout": 1, **settings})
         )
+
+
+@pytest.fixture
+def command(tiny_model_dir):
+    """`octavo serve` as its user starts it: (process, address)."""
+    flags = ("--port", "0", "--kv-cache-memory", "2MiB", "--device", "cpu", "--max-num-seqs", "8", "--shutdown-timeout")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "octavo", "serve", str(tiny_model_dir), *flags, "0.5", "--root-path", "/llm"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    lines = iter(process.stderr.readline, "")
+    address = next(line.split()[-1] for line in lines if "Listening at" in line)
+    reading = threading.Thread(target=lambda: [None for _ in lines])  # a full pipe would stop whoever logs
+    reading.start()
+    try:
+        yield process, address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reading.join()
+        process.stderr.close()

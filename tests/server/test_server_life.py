@@ -95,6 +95,31 @@ def test_what_is_written_goes_out_without_delay(server):
     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # else each stream's first event waits for 40 ms
 
 
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_stream_has_the_form_of_its_http(server, version):
+    """HTTP/1.0 knows no chunks; its end is the connection's."""
+    body = json.dumps({"prompt": "the hen", "max_tokens": 5, "ignore_eos": True, "stream": True}).encode()
+    asked = (
+        head(len(body)).replace(b"HTTP/1.1", b"HTTP/" + version).replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    )
+    with socket.create_connection(server.service_address, timeout=10) as connection:
+        connection.sendall(asked + body)
+        fields, _, stream = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert (b"transfer-encoding: chunked" in fields.lower()) is (version == b"1.1")
+    if version == b"1.1":
+        pieces, rest = [], stream
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            pieces.append(rest[: int(size, 16)])
+            rest = rest[len(pieces[-1]) + 2 :]
+        assert pieces.pop() == b""
+        assert all(piece.startswith(b"data: ") and piece.endswith(b"\n\n") for piece in pieces)
+        stream = b"".join(pieces)
+    *events, last, nothing = stream.split(b"\n\n")
+    assert (last, nothing) == (b"data: [DONE]", b"")
+    assert json.loads(events[-1].removeprefix(b"data: "))["choices"][0]["finish_reason"] == "length"
+
+
 # ---- a dead engine -------------------------------------------------------------------------------------------------
 
 
@@ -329,27 +354,6 @@ def test_the_servers_process_does_without_torch(tiny_model_dir):
         f"make_server(ServerSettings(), {{'model': {str(tiny_model_dir)!r}}}); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.fixture
-def command(tiny_model_dir):
-    """`octavo serve` as its user starts it: (process, address)."""
-    flags = ("--port", "0", "--kv-cache-memory", "2MiB", "--device", "cpu", "--max-num-seqs", "8", "--shutdown-timeout")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "octavo", "serve", str(tiny_model_dir), *flags, "0.5", "--root-path", "/llm"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    lines = iter(process.stderr.readline, "")
-    address = next(line.split()[-1] for line in lines if "Listening at" in line)
-    try:
-        yield process, address
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
 
 
 def test_a_signal_ends_the_streams_in_words_and_leaves_nobody(command):

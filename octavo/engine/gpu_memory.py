@@ -1,7 +1,8 @@
 """What a GPU's memory is used for: measured before the cache takes the rest, and told exactly afterwards.
 
 How much a step needs beside weights and cache depends on the model, the kernels, the library's workspaces and the
-graphs; so the largest step is run once over a small cache, and what the driver says is gone is what it takes.
+graphs; so the largest step is run once over a small cache, and what the driver says is gone is what it takes. Other
+kinds of steps follow it, so that their kernels are compiled before a request waits for them.
 """
 
 import gc
@@ -69,11 +70,12 @@ def device_memory(device: torch.device, weights: int, kv_cache: int) -> DeviceMe
 @torch.inference_mode()
 def measure_step_memory(model: CausalLM, config: EngineConfig, *, cuda_graphs: bool) -> int:
     """Bytes that steps of this config will take beside weights and cache, those of all graphs included. Takes a second
-    or two, of which the first real step is spared most: kernels are compiled and libraries loaded."""
+    or two, of which the first real steps are spared most: kernels are compiled and libraries loaded."""
     device = model.device
     num_seqs, most = config.max_num_seqs, config.max_num_batched_tokens
     length = min(most // num_seqs, config.max_model_len - 1)
-    config = replace(config, num_blocks=num_seqs * -(-(length + 1) // config.block_size), enable_prefix_caching=False)
+    blocks = max(num_seqs * -(-(length + 1) // config.block_size), -(-config.max_model_len // config.block_size))
+    config = replace(config, num_blocks=blocks, enable_prefix_caching=False)
     _release()
     before = torch.cuda.memory_reserved(device)
     cache = PagedKVCache(model, config.num_blocks, config.block_size, model.dtype, device)
@@ -83,7 +85,8 @@ def measure_step_memory(model: CausalLM, config: EngineConfig, *, cuda_graphs: b
     scheduler = Scheduler(config)
     for i in range(num_seqs):
         scheduler.add_request(Request(str(i), [0] * length, SamplingParams(max_tokens=1, ignore_eos=True)))
-    runner.execute(scheduler.schedule())
+    _run(runner, scheduler)
+    _run_mixed_steps(runner, scheduler)
     taken = torch.cuda.memory_reserved(device) - before - cache.nbytes
     if cuda_graphs:
         pool, launch_data = min(_memory_of_a_graph(graphs, device) for _ in range(2))  # another process may disturb one
@@ -91,6 +94,26 @@ def measure_step_memory(model: CausalLM, config: EngineConfig, *, cuda_graphs: b
     del cache, graphs, runner
     _release()
     return taken
+
+
+def _run(runner: ModelRunner, scheduler: Scheduler, num_steps: int | None = None) -> None:
+    """To the end, or that many steps."""
+    while scheduler.has_unfinished() and num_steps != 0:
+        output = scheduler.schedule()
+        scheduler.update(output, runner.execute(output))
+        num_steps = None if num_steps is None else num_steps - 1
+
+
+def _run_mixed_steps(runner: ModelRunner, scheduler: Scheduler) -> None:
+    """A prompt alone, then a short one and several beside the tokens that follow it, and draws that truncate: other
+    kernels each."""
+    params = SamplingParams(max_tokens=6, top_p=0.9, ignore_eos=True)
+    for step, lengths in enumerate([[600], [60], [600] * 4]):
+        for i, length in enumerate(lengths):
+            prompt = [0] * max(1, min(length, scheduler.config.max_model_len - 8))
+            scheduler.add_request(Request(f"{step} {i}", prompt, params))
+        _run(runner, scheduler, num_steps=1)
+    _run(runner, scheduler)
 
 
 def _memory_of_a_graph(graphs: DecodeGraphs, device: torch.device) -> tuple[int, int]:

@@ -125,11 +125,10 @@ class LLMEngine:
             # groups of layers with windows of their own would need block tables of their own
             sliding_window=max(model.config.layer_windows) if all(model.config.layer_windows) else 0,
         )
-        memory = options.kv_cache_memory
+        memory, taken = options.kv_cache_memory, 0
+        if model.device.type == "cuda":  # also where the memory is given: it compiles the kernels
+            taken = measure_step_memory(model, config, cuda_graphs=options.cuda_graphs and memory is None)
         if memory is None:
-            taken = 0
-            if model.device.type == "cuda":
-                taken = measure_step_memory(model, config, cuda_graphs=options.cuda_graphs)
             memory = default_kv_cache_memory(model.device, options.kv_cache_memory_fraction) - taken
         num_blocks = num_blocks_for(memory, config.kv_bytes_per_token, config.block_size, max_model_len)
         config = replace(config, num_blocks=num_blocks)

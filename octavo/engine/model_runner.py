@@ -20,7 +20,7 @@ from octavo.engine.request import Sequence
 from octavo.engine.sampler import DrawnTokens, Sampler, token_logprobs, top_logprobs
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import PromptChunkLogprobs, ScheduledSequence, SchedulerOutput, StepResult
-from octavo.engine.transfer import Readback, to_device
+from octavo.engine.transfer import Readback, TokenReadbacks, to_device
 from octavo.models.causal_lm import CausalLM
 from octavo.nn.cache import LayerKVCache, LayerLatentCache
 from octavo.ops.metadata import AttentionMetadata
@@ -109,12 +109,13 @@ class StepInFlight:
         self,
         sampler: Sampler,
         drawn: DrawnTokens | None,
+        readback: Readback | None = None,
         prompt_logprobs: tuple[PromptChunkLogprobs, ...] = (),
         batch: Batch | None = None,
     ) -> None:
-        """batch: takes the tokens as its own, for the next step to go on from."""
-        self._sampler, self._drawn, self._prompt_logprobs, self._batch = sampler, drawn, prompt_logprobs, batch
-        self._readback = None if drawn is None else Readback(drawn.tokens)
+        """readback: of the drawn tokens. batch: takes the tokens as its own, for the next step to go on from."""
+        self._sampler, self._drawn, self._readback = sampler, drawn, readback
+        self._prompt_logprobs, self._batch = prompt_logprobs, batch
 
     def wait(self) -> StepResult:
         """Its result, once; steps are waited for in the order of their launches."""
@@ -150,6 +151,7 @@ class ModelRunner:
         self.sampler = sampler
         self._device = model.device
         self._graphs = decode_graphs
+        self._readbacks = TokenReadbacks(max_num_seqs, self._device)
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // kv_cache.block_size))
         self._steady: Batch | None = None  # a step that only decoded, from which the next may follow
         self._sampled: set[int] = set()  # seq_ids whose newest token the last step left on the device
@@ -185,7 +187,7 @@ class ModelRunner:
             scheduled = tuple(entry for entry in scheduled if entry.num_samples)
             if not scheduled:
                 self._sampled = set()
-                return StepInFlight(self.sampler, None, prompt_logprobs)
+                return StepInFlight(self.sampler, None, None, prompt_logprobs)
             rows = self._sampled_rows(batch)
             logits, inputs, tokens = self.model.compute_logits(hidden[rows]), arguments[0][rows], None
         if tokens is None:
@@ -193,10 +195,11 @@ class ModelRunner:
             drawn = self.sampler.draw(logits, scheduled, token_bitmasks, pending)
         else:
             drawn = DrawnTokens(tokens, None, None)
+        readback = self._readbacks.start(drawn.tokens)
         if self._graphs is not None:
             self._keep_tokens(self._graphs, batch, drawn.tokens, kept=tokens is not None)
         self._steady = batch if batch.decodes else None
-        return StepInFlight(self.sampler, drawn, prompt_logprobs, None if self._graphs else self._steady)
+        return StepInFlight(self.sampler, drawn, readback, prompt_logprobs, None if self._graphs else self._steady)
 
     def _batch(self, output: SchedulerOutput) -> Batch:
         steady, scheduled = self._steady, output.scheduled
@@ -253,10 +256,12 @@ class ModelRunner:
     def _keep_tokens(self, graphs: DecodeGraphs, batch: Batch, tokens: torch.Tensor, *, kept: bool) -> None:
         """Leaves each sequence's new token where the next step finds it; `kept`: the graph has."""
         if batch.decodes:
-            slots = graphs.slots(len(batch.starts))
             if (batch.token_ids != _ON_DEVICE).any():
                 self._sampled = {entry.seq.seq_id for entry in batch.scheduled}
                 batch.token_ids = np.full_like(batch.token_ids, _ON_DEVICE)
+            if kept:
+                return
+            slots = graphs.slots(len(batch.starts))
         else:
             samples = [(i, entry) for i, entry in enumerate(batch.scheduled) if entry.num_samples]
             self._sampled = {entry.seq.seq_id for _, entry in samples}
@@ -264,8 +269,7 @@ class ModelRunner:
                 self._sampled = set()
                 return
             slots = to_device(self._tables.slots[[i for i, _ in samples]], self._device)
-        if not kept:
-            graphs.last_tokens.index_copy_(0, slots, tokens)
+        graphs.last_tokens.index_copy_(0, slots, tokens)
 
     def _places(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """block · block_size + offset of each position in its sequence's table."""

@@ -163,7 +163,7 @@ def launch_forward(
         num_splits or None, _NO_LIMIT if left is None else left + max(right or 0, 0) + max_q + tile.block_n,
         GROUP_ROWS=group_rows, QUERIES_PER_KEY=queries_per_key, PAGE_SIZE=k.shape[1] if paged else 0,
         HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], BLOCK_D=block_d, BLOCK_TAIL=block_tail, BLOCK_DV=block_dv,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=min(triton.next_power_of_2(batch), 1024),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=128 if batch <= 128 else 1024,
         V_IS_K=v_is_k, SPLIT=slots > 0, WHOLE_TILES=whole_tiles,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

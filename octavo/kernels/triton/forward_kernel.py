@@ -78,7 +78,7 @@ def key_range(i_first, i_last, leftpad, length_k, shift, window_left, window_rig
 @triton.jit(
     do_not_specialize=[
         "seqlen_q", "seqlen_k", "max_seqlen_q", "max_seqlen_k", "dropout_seed", "batch", "m_tiles", "split_target",
-        "split_max_keys", "num_splits", "window_left", "window_right", "stride_lh", "stride_lb",
+        "split_max_keys", "num_splits", "window_left", "window_right", "stride_lh", "stride_lb", "stride_table",
     ]
 )  # fmt: skip
 def forward_kernel(  # noqa: C901, PLR0915 (a kernel is one function)

@@ -50,7 +50,7 @@ def split_of_slot(slot, batch, seqused, target, num_splits, max_keys, BLOCK_N: t
     return found, first, _count_splits(keys, tiles_per_split, num_splits, max_keys, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen_q", "rows", "stride_lb", "stride_lh"])
 def combine_kernel(
     partial_out,
     partial_lse,

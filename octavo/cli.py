@@ -71,6 +71,7 @@ _SERVER_FIELDS: dict[str, dict[str, Any]] = {
     "request_timeout": {**_SECONDS, "help": "for a whole answer (default 3600)"},
     "shutdown_timeout": {**_SECONDS, "help": "that answers may take to end after a signal (default 30)"},
     "stall_timeout": {**_SECONDS, "help": "without a step, after which a busy engine is unhealthy (default 120)"},
+    "otlp_traces_endpoint": {"metavar": "URL", "help": "OpenTelemetry collector for traces (needs octavo[otel])"},
 }
 
 

@@ -23,6 +23,7 @@ from octavo.server.openapi import document
 from octavo.server.protocol import decode
 from octavo.server.service import Service
 from octavo.server.sse import ClientGone
+from octavo.server.tracing import traced
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -124,7 +125,9 @@ def build_app(service: Service) -> Any:
         Mount("/", _with_policy(StaticFiles(directory=PAGE, html=True))),
     ]
     handlers: Any = {ApiError: _on_api_error, HTTPException: _on_http_error, ClientGone: _on_client_gone}
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    endpoint = service.settings.otlp_traces_endpoint
+    return traced(app, endpoint) if endpoint else app
 
 
 def _route(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:

@@ -17,6 +17,7 @@ class ServerSettings:
     connection may rest between requests. send_timeout: seconds that a client may leave a stream unread.
     request_timeout: seconds for a whole answer. shutdown_timeout: seconds that answers may take to end after a signal.
     stall_timeout: seconds without a step after which a busy engine counts as unhealthy.
+    otlp_traces_endpoint: URL of an OpenTelemetry collector that gets a trace of each request; none by default.
     """
 
     host: str = "127.0.0.1"
@@ -39,6 +40,7 @@ class ServerSettings:
     request_timeout: float = 3600.0
     shutdown_timeout: float = 30.0
     stall_timeout: float = 120.0
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -54,5 +56,7 @@ class ServerSettings:
             raise ValueError("api_key: expected at least 8 printable ASCII characters")
         if self.root_path and not self.root_path.startswith("/"):
             raise ValueError(f"root_path: expected it to begin with /, got {self.root_path!r}")
+        if self.otlp_traces_endpoint and not self.otlp_traces_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_traces_endpoint: expected an http(s) URL, got {self.otlp_traces_endpoint!r}")
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ValueError("ssl_keyfile: expected ssl_certfile beside it")

@@ -287,6 +287,15 @@ def scores(
 
 
 @gluon.jit
+def note_pieces(notes, part, b, at, count, BY_SEQUENCE: gl.constexpr):
+    """As `decode_launch.note_pieces`."""
+    entry = notes + 4 * (b if BY_SEQUENCE else part)
+    gl.store(entry, at)
+    gl.store(entry + 1, count)
+    gl.store(entry + 2, b)
+
+
+@gluon.jit
 def write_piece(o, total, top, at, b, outputs, cu_q, sizes, m_tile, SIDE: gl.constexpr):
     """Write the columns of one side, and the LSE with the left one: as they are, or as piece `at` (-1: it is whole)."""
     out_ptr, lse_ptr, partial_out, partial_lse = outputs
@@ -312,9 +321,9 @@ def write_piece(o, total, top, at, b, outputs, cu_q, sizes, m_tile, SIDE: gl.con
 
 @gluon.jit
 def accumulate(  # noqa: PLR0915 (one loop of one warpgroup)
-    outputs, pieces, seqused, capacity, cu_q, cache, kv_smem, full, rope_smem, rope_full, factor_smem, top_smem, bars,
+    outputs, notes, seqused, capacity, cu_q, cache, kv_smem, full, rope_smem, rope_full, factor_smem, top_smem, bars,
     unit, unit_end, b, start, share, part, sizes, m_tile,
-    SIDE: gl.constexpr, PAGE: gl.constexpr, GROUP: gl.constexpr,
+    SIDE: gl.constexpr, PAGE: gl.constexpr, GROUP: gl.constexpr, BY_SEQUENCE: gl.constexpr,
 ):  # fmt: skip
     """The second and third warpgroup: one half of the output's columns."""
     latent_desc, rope_desc, block_table, table_stride, page_rows = cache
@@ -372,10 +381,9 @@ def accumulate(  # noqa: PLR0915 (one loop of one warpgroup)
         mbarrier.arrive(p_empty.index(slot), count=1)
         sent += 1
         at = 2 * part + (unit != part * share).to(gl.int32)
-        if unit == start:  # where the pieces of this sequence are
-            if SIDE == 0:
-                gl.store(pieces + 2 * b, at)
-                gl.store(pieces + 2 * b + 1, (end - 1) // share - part + 1)
+        if unit == start:
+            if (SIDE == 0) & (BY_SEQUENCE or unit_end < end):
+                note_pieces(notes, part, b, at, (end - 1) // share - part + 1, BY_SEQUENCE)
             at = gl.where(unit_end >= end, -1, at)
         write_piece(o, total, top, at, b, outputs, cu_q, sizes, m_tile, SIDE)
         unit = gl.minimum(end, unit_end)
@@ -398,7 +406,8 @@ def barriers(N: gl.constexpr, COUNT: gl.constexpr):
 def mla_decode_kernel(
     latent_desc, rope_desc, q_ptr, out_ptr, lse_ptr, scratch, seqused, cu_q, block_table,
     batch, parts, m_tiles, heads, table_stride, page_rows, lse_stride, num_rows, capacity, at_lse, at_out, scale,
-    PAGE: gl.constexpr, GROUP: gl.constexpr, BLOCK_B: gl.constexpr, REGS: gl.constexpr, PDL: gl.constexpr,
+    PAGE: gl.constexpr, GROUP: gl.constexpr, BY_SEQUENCE: gl.constexpr, BLOCK_B: gl.constexpr, REGS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = latent_desc.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -418,8 +427,10 @@ def mla_decode_kernel(
         wait_for_earlier_kernel(batch)
     part = gl.program_id(0) // m_tiles
     m_tile = gl.program_id(0) % m_tiles
+    notes = scratch.to(gl.pointer_type(gl.int32), bitcast=True)
+    if not BY_SEQUENCE and m_tile == 0:
+        note_pieces(notes, part, 0, 0, 0, False)
     begin, unit_end, share, b, start = share_of_part(part, parts, batch, capacity, seqused, BLOCK_B)
-    pieces = scratch.to(gl.pointer_type(gl.int32), bitcast=True)
     outputs = (out_ptr, lse_ptr, scratch + at_out, scratch + at_lse)
     sizes = (heads, lse_stride, num_rows)
     cache = (latent_desc, rope_desc, block_table, table_stride, page_rows)
@@ -428,12 +439,12 @@ def mla_decode_kernel(
             (scores, (q_ptr, seqused, capacity, cu_q, q_smem, top_smem, factor_smem, (left_smem, right_smem, rope_smem),
                       (left_full, right_full, rope_full, p_full, p_empty), begin, unit_end, b, start, heads, scale,
                       m_tile)),
-            (accumulate, (outputs, pieces, seqused, capacity, cu_q, cache, left_smem, left_full, rope_smem, rope_full,
+            (accumulate, (outputs, notes, seqused, capacity, cu_q, cache, left_smem, left_full, rope_smem, rope_full,
                           factor_smem, top_smem, (p_full, p_empty), begin, unit_end, b, start, share, part, sizes,
-                          m_tile, 0, PAGE, GROUP)),
-            (accumulate, (outputs, pieces, seqused, capacity, cu_q, cache, right_smem, right_full, rope_smem, rope_full,
+                          m_tile, 0, PAGE, GROUP, BY_SEQUENCE)),
+            (accumulate, (outputs, notes, seqused, capacity, cu_q, cache, right_smem, right_full, rope_smem, rope_full,
                           factor_smem, top_smem, (p_full, p_empty), begin, unit_end, b, start, share, part, sizes,
-                          m_tile, 1, PAGE, GROUP)),
+                          m_tile, 1, PAGE, GROUP, BY_SEQUENCE)),
         ],
         [4, 4],
         [REGS, REGS],
@@ -514,7 +525,7 @@ def _plan(call: LatentCall) -> LatentPlan:
     m_tiles = max(1, triton.cdiv(call.max_q * heads, ROWS.value))
     parts = max(1, num_processors(call.device) // m_tiles)
     num_rows = m_tiles * ROWS.value
-    scratch = scratch_of(batch, 2 * parts * num_rows, 2 * HALF.value)
+    scratch = scratch_of(batch, parts, num_rows, 2 * HALF.value)
     group = min(page, BLOCK.value)
     early = early_launch_options(call.device)["PDL"]
     capacity = min(call.table_shape[1] * page, 2**31 - 1)
@@ -524,8 +535,8 @@ def _plan(call: LatentCall) -> LatentPlan:
         scratch.at_lse, scratch.at_out, call.softmax_scale * LOG2E.value,
     )  # fmt: skip
     constants = (
-        ("PAGE", page), ("GROUP", group), ("BLOCK_B", 128 if batch <= 128 else 1024), ("REGS", REGISTERS),
-        ("PDL", early),
+        ("PAGE", page), ("GROUP", group), ("BY_SEQUENCE", scratch.by_sequence),
+        ("BLOCK_B", 128 if batch <= 128 else 1024), ("REGS", REGISTERS), ("PDL", early),
     )  # fmt: skip
     key = (call.dtype, call.aligned, integer_key((heads, page_rows)))
     options = {"num_warps": 4, "maxnreg": MAX_REGISTERS, "launch_pdl": early}

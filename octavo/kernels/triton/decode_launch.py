@@ -23,66 +23,67 @@ from octavo.kernels.triton.scores import sequence
 DTYPES = (torch.float16, torch.bfloat16)
 # integers that change from step to step, or may be 1 by chance: nothing is compiled for their value
 VARYING = [
-    "batch", "parts", "max_q", "capacity", "window_left", "stride_table", "stride_lb", "stride_lh", "tokens", "blocks",
+    "batch", "parts", "max_q", "capacity", "window_left", "stride_table", "stride_lb", "stride_lh", "tokens", "rows",
+    "entries",
 ]  # fmt: skip
+MAX_COMBINING = 4096  # programs, above which each combines whole rows
 _UNSUPPORTED = ("seqused_q", "leftpad_k", "qv", "alibi_slopes", "attn_bias")
 
 
+@triton.jit
+def note_pieces(notes, part, b, at, count, BY_SEQUENCE: tl.constexpr):
+    """Note where the pieces of sequence b are: `count` of them, the first in place `at`."""
+    entry = notes + 4 * (b if BY_SEQUENCE else part)
+    tl.store(entry, at)
+    tl.store(entry + 1, count)
+    tl.store(entry + 2, b)
+
+
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["cu_seqlens_q"])
-def combine_kernel(  # noqa: PLR0915 (a kernel is one function)
+def combine_kernel(
     out, lse, cu_seqlens_q, scratch, stride_os, stride_oh, stride_lb, stride_lh,
-    batch, heads, heads_q, max_q, tokens, blocks, at_lse, at_out,
-    GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, PDL: tl.constexpr,
+    batch, heads, heads_q, max_q, tokens, rows, entries, at_lse, at_out,
+    GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr, BY_SEQUENCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS (query, head) of a sequence: Σ exp(LSE_piece − LSE) · piece; the last programs clear rows of no sequence."""
-    b = tl.program_id(0) // blocks
-    x = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    dv = tl.arange(0, BLOCK_DV)
-    column_used = (dv < HEAD_DIM_V)[None, :]
-    pieces = scratch.to(tl.pointer_type(tl.int32))
-    partial_lse = scratch + at_lse
-    partial_out = scratch + at_out
+    """COLUMNS of one (query, head) of a sequence in several pieces: Σ exp(LSE_piece − LSE) · piece."""
+    chunks: tl.constexpr = (HEAD_DIM_V + COLUMNS - 1) // COLUMNS
+    entry = tl.program_id(0) // (rows * chunks)
+    x = tl.program_id(0) // chunks % rows
+    chunk = tl.program_id(0) % chunks
+    dv = chunk * COLUMNS + tl.arange(0, COLUMNS)
+    notes = scratch.to(tl.pointer_type(tl.int32))
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if b == batch:
-        if cu_seqlens_q is not None:
-            first_row = tl.load(cu_seqlens_q + batch)
-            for x0 in range(0, (tokens - first_row) * heads_q, ROWS * blocks):
-                row = first_row + (x + x0) // heads_q
-                head = ((x + x0) % heads_q).to(tl.int64)
-                at = out + row.to(tl.int64)[:, None] * stride_os + head[:, None] * stride_oh + dv[None, :]
-                zeros = tl.zeros((ROWS, BLOCK_DV), out.dtype.element_ty)
-                tl.store(at, zeros, mask=(row < tokens)[:, None] & column_used)
-                tl.store(lse + head * stride_lh + row, tl.full((ROWS,), float("-inf"), tl.float32), mask=row < tokens)
+    if entry == entries:
+        strides = (stride_os, stride_oh, stride_lh)
+        clear_rows(out, lse, cu_seqlens_q, x, rows, dv, batch, tokens, heads_q, strides, HEAD_DIM_V)
         return
-    count = tl.load(pieces + 2 * b + 1)
-    if count > 1:
-        first = tl.load(pieces + 2 * b)
-        start_q, length_q = sequence(b, cu_seqlens_q, None, max_q)
-        i = x // heads_q
+    first = tl.load(notes + 4 * entry)
+    count = tl.load(notes + 4 * entry + 1)
+    b = tl.load(notes + 4 * entry + 2)
+    start_q, length_q = sequence(b, cu_seqlens_q, None, max_q)
+    i = x // heads_q
+    if (count > 1) & (i < length_q):
         head = (x % heads_q).to(tl.int64)
-        used = i < length_q
         place = head // GROUP * BLOCK_M + i * GROUP + head % GROUP
-        m = tl.full((ROWS,), float("-inf"), tl.float32)
-        l = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+        m = tl.full((), float("-inf"), tl.float32)
+        l = tl.zeros((), tl.float32)
+        acc = tl.zeros((COLUMNS,), tl.float32)
         for p0 in range(0, count, PIECES):
             p = p0 + tl.arange(0, PIECES)
-            slot = tl.where(p == 0, first, (first // 2 + p) * 2).to(tl.int64) * heads * BLOCK_M
-            at = slot[:, None] + place[None, :]
-            part_used = (p < count)[:, None] & used[None, :]
-            part = tl.load(partial_lse + at, mask=part_used, other=float("-inf"))
+            at = tl.where(p == 0, first, (first // 2 + p) * 2).to(tl.int64) * heads * BLOCK_M + place
+            part = tl.load(scratch + at_lse + at, mask=p < count, other=float("-inf"))
             values = tl.load(
-                partial_out + at[:, :, None] * HEAD_DIM_V + dv[None, None, :],
-                mask=part_used[:, :, None] & column_used[None, :, :], other=0.0,
+                scratch + at_out + at[:, None] * HEAD_DIM_V + dv[None, :],
+                mask=(p < count)[:, None] & (dv < HEAD_DIM_V)[None, :], other=0.0,
             )  # fmt: skip
             m_new = tl.maximum(m, tl.max(part, 0))
             safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            weight = tl.exp(part - safe[None, :])
+            weight = tl.exp(part - safe)
             alpha = tl.exp(m - safe)
-            acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * values, 0)
+            acc = acc * alpha + tl.sum(weight[:, None] * values, 0)
             l = l * alpha + tl.sum(weight, 0)
             m = m_new
         l = tl.where(l == 0.0, 1.0, l)
@@ -92,9 +93,26 @@ def combine_kernel(  # noqa: PLR0915 (a kernel is one function)
             row += b.to(tl.int64) * max_q
         else:
             lse_first += start_q
-        at = out + row[:, None] * stride_os + head[:, None] * stride_oh + dv[None, :]
-        tl.store(at, (acc / l[:, None]).to(out.dtype.element_ty), mask=used[:, None] & column_used)
-        tl.store(lse + lse_first + head * stride_lh, m + tl.log(l), mask=used)
+        to = out + row * stride_os + head * stride_oh + dv
+        tl.store(to, (acc / l).to(out.dtype.element_ty), mask=dv < HEAD_DIM_V)
+        if chunk == 0:
+            tl.store(lse + lse_first + head * stride_lh, m + tl.log(l))
+
+
+@triton.jit
+def clear_rows(
+    out, lse, cu_seqlens_q, x, rows, dv, batch, tokens, heads_q, strides, HEAD_DIM_V: tl.constexpr
+):  # fmt: skip
+    """0 and −inf for every `rows`-th (query, head) from x on of those that belong to no sequence."""
+    stride_os, stride_oh, stride_lh = strides
+    if cu_seqlens_q is not None:
+        first_row = tl.load(cu_seqlens_q + batch)
+        for at in range(x, (tokens - first_row) * heads_q, rows):
+            row = (first_row + at // heads_q).to(tl.int64)
+            head = (at % heads_q).to(tl.int64)
+            to = out + row * stride_os + head * stride_oh + dv
+            tl.store(to, tl.zeros_like(dv).to(out.dtype.element_ty), mask=dv < HEAD_DIM_V)
+            tl.store(lse + head * stride_lh + row, float("-inf"))
 
 
 def power_of_2(n: int) -> int:
@@ -139,18 +157,25 @@ class Launch(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Places in one fp32 buffer: each sequence's (first piece, pieces) as int32, then the pieces' LSE and output."""
+    """Places in one fp32 buffer: notes of where the pieces are, as int32, then the pieces' LSE and output.
 
+    A sequence in several pieces has a note (first piece, pieces, sequence). There are at most as many such sequences as
+    parts: with more sequences than parts the notes are those of the parts in which one begins, else of the sequences.
+    """
+
+    by_sequence: bool
+    notes: int
     at_lse: int
     at_out: int
     size: int
 
 
-def scratch_of(batch: int, places: int, head_dim_v: int) -> Scratch:
-    """Space for `places` rows of pieces; each of the three begins on 64 bytes."""
-    at_lse = -(-2 * batch // 16) * 16
-    at_out = at_lse + -(-places // 16) * 16
-    return Scratch(at_lse, at_out, at_out + places * head_dim_v)
+def scratch_of(batch: int, parts: int, rows: int, head_dim_v: int) -> Scratch:
+    """Space for the pieces of `parts`, at most two each, of `rows` rows; each section begins on 64 bytes."""
+    notes = min(batch, parts)
+    at_lse = -(-4 * notes // 16) * 16
+    at_out = at_lse + -(-2 * parts * rows // 16) * 16
+    return Scratch(batch <= parts, notes, at_lse, at_out, at_out + 2 * parts * rows * head_dim_v)
 
 
 def combine_launch(
@@ -162,18 +187,20 @@ def combine_launch(
     """
     batch, heads, max_q, block_m = sizes
     heads_q, head_dim_v = shape[-2:]
+    rows = max_q * heads_q
     block_dv = power_of_2(head_dim_v)
-    # few sequences have many pieces each, many have few
-    rows = 1 if batch * heads_q * max_q <= 2048 else 8
-    blocks = -(-max_q * heads_q // rows)
-    scalars = (*strides, batch, heads, heads_q, max_q, shape[0], blocks, scratch.at_lse, scratch.at_out)
+    # few rows are many pieces each, and few columns a program keep many of these in flight
+    columns = min(block_dv, 64) if scratch.notes * rows * block_dv <= MAX_COMBINING * 64 else block_dv
+    entries = scratch.notes + packed
+    programs = entries * rows * -(-head_dim_v // columns)
+    scalars = (*strides, batch, heads, heads_q, max_q, shape[0], rows, scratch.notes, scratch.at_lse, scratch.at_out)
     constants = (
-        ("GROUP", heads_q // heads), ("HEAD_DIM_V", head_dim_v), ("BLOCK_DV", block_dv), ("BLOCK_M", block_m),
-        ("ROWS", rows), ("PIECES", max(1, 4096 // (rows * block_dv))), ("PDL", early),
+        ("GROUP", heads_q // heads), ("HEAD_DIM_V", head_dim_v), ("BLOCK_M", block_m), ("COLUMNS", columns),
+        ("PIECES", 4096 // columns), ("BY_SEQUENCE", scratch.by_sequence), ("PDL", early),
     )  # fmt: skip
     key = (dtype, integer_key((*strides[:2], heads, heads_q)), packed)
     options = {"num_warps": 4, "launch_pdl": early}
-    return Launch(combine_kernel, blocks * (batch + 1), scalars, constants, key, options)
+    return Launch(combine_kernel, programs, scalars, constants, key, options)
 
 
 class DecodeCall(NamedTuple):
@@ -230,7 +257,7 @@ def plan_decode(call: DecodeCall, kernel: Any, tile: Tile) -> DecodePlan:
     out_shape = (*call.q_shape[:-1], head_dim_v)
     lse_shape = (heads_q, call.q_shape[0]) if call.packed else (batch, heads_q, call.max_q)
     lse_strides = (0, lse_shape[1]) if call.packed else (heads_q * call.max_q, call.max_q)
-    scratch = scratch_of(batch, 2 * parts * heads * tile.rows, head_dim_v)
+    scratch = scratch_of(batch, parts, heads * tile.rows, head_dim_v)
     out_strides = (heads_q * head_dim_v, head_dim_v)
     strides = (*call.q_strides[-3:-1], *call.k_strides[:3], *call.v_strides[:3], *out_strides)
     window = None if call.spec.window_left < 0 else call.spec.window_left
@@ -244,7 +271,10 @@ def plan_decode(call: DecodeCall, kernel: Any, tile: Tile) -> DecodePlan:
         call.dtype, call.cache_dtype, call.aligned, call.sink_dtype, call.packed, integer_key((*strides, heads)),
         window is None, softcap is None,
     )  # fmt: skip
-    constants = (*tile.constants, ("BLOCK_B", 128 if batch <= 128 else 1024), ("PDL", early))
+    constants = (
+        *tile.constants, ("BY_SEQUENCE", scratch.by_sequence), ("BLOCK_B", 128 if batch <= 128 else 1024),
+        ("PDL", early),
+    )  # fmt: skip
     decode = Launch(kernel, parts * heads, scalars, constants, key, {**tile.options, "launch_pdl": early})
     sizes = (batch, heads, call.max_q, tile.rows)
     combine = combine_launch(call.dtype, out_shape, (*out_strides, *lse_strides), call.packed, early, sizes, scratch)

@@ -26,6 +26,7 @@ from octavo.kernels.triton.decode_launch import (
     decode_call,
     is_hopper,
     max_queries,
+    note_pieces,
     num_parts,
     plan_decode,
     power_of_2,
@@ -97,7 +98,7 @@ def decode_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
     at_lse, at_out,
     GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr, PDL: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one key head; row r is query r // GROUP of query head `head · GROUP + r % GROUP`."""
     if PDL:
@@ -108,7 +109,9 @@ def decode_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
     unit, unit_end, share, b, start = share_of_part(
         part, parts, batch, capacity, cu_seqlens_q, seqused, max_q, window_left, BLOCK_N, BLOCK_B
     )
-    pieces = scratch.to(tl.pointer_type(tl.int32))
+    notes = scratch.to(tl.pointer_type(tl.int32))
+    if not BY_SEQUENCE and head == 0:
+        note_pieces(notes, part, 0, 0, 0, False)
     partial_lse = scratch + at_lse
     partial_out = scratch + at_out
     r = tl.arange(0, BLOCK_M)
@@ -195,9 +198,8 @@ def decode_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
         row_lse = (m + tl.log2(l)) * LN2
         used = row_used[:, None] & (dv < HEAD_DIM_V)[None, :]
         at = 2 * part + (unit != part * share).to(tl.int32)
-        if unit == start:
-            tl.store(pieces + 2 * b, at)  # every head writes the same
-            tl.store(pieces + 2 * b + 1, (end - 1) // share - part + 1)
+        if (unit == start) & (head == 0) & (BY_SEQUENCE or unit_end < end):
+            note_pieces(notes, part, b, at, (end - 1) // share - part + 1, BY_SEQUENCE)
         if (unit == start) & (unit_end >= end):
             out_rows = out + (start_q + i).to(tl.int64)[:, None] * stride_os + h[:, None] * stride_oh
             tl.store(out_rows + dv[None, :], result.to(out.dtype.element_ty), mask=used)

@@ -91,7 +91,8 @@ class LLM:
             prompts: text, token ids, {"prompt": …} or {"prompt_token_ids": …}, or a list of these.
             sampling_params: one for all prompts, or one for each; `default_params()` when None.
             use_tqdm: a progress bar, if it takes longer than a second.
-            priority: of all, or of each; lower runs first under scheduling_policy="priority".
+            priority: of all, or of each; lower runs first under scheduling_policy="priority", where a minute of waiting
+                makes up for one step of it.
             cache_salt: cached prompt beginnings are shared only with calls of the same salt.
 
         Raises ValueError, naming the field, if any prompt cannot be served; none has run then.

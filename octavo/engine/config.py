@@ -16,8 +16,8 @@ class EngineConfig:
     max_num_seqs: most sequences in one step. max_num_batched_tokens: most new tokens in one step, prompts' chunks and
     decodes together; at least max_num_seqs, so that every decode fits in every step.
     enable_prefix_caching: reuse the blocks of equal prompt beginnings. scheduling_policy: "fcfs", or "priority" (lowest
-    number first). sliding_window: tokens that every layer sees at most, the token itself included; blocks before them
-    are given back. 0 where some layer sees all.
+    number first, but a minute of waiting makes up for one step, so that nobody starves). sliding_window: tokens that
+    every layer sees at most, the token itself included; blocks before them are given back. 0 where some layer sees all.
     """
 
     num_blocks: int

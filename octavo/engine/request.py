@@ -92,7 +92,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.max_tokens_total = 0  # prompt and output together; set when the request is added
-        self.order: tuple[int, int, int] = (0, 0, index)  # first in this order runs first and is preempted last
+        self.order: tuple[float, int, int] = (0.0, 0, index)  # first in this order runs first and is preempted last
         # what a decode step schedules: made once, not at each step; a beam has none, since its tokens come from outside
         self.decode_entry = None if request.is_beam_search else ScheduledSequence(self, 1, 1)
 
@@ -135,9 +135,10 @@ class Request:
     `metrics`.
 
     request_id: unique among the live requests. prompt_token_ids: at least one id, none negative. priority: lower runs
-    first under the "priority" policy. cache_salt: requests share cached blocks only with those of the same salt.
-    looks_back: the choice of its next token needs the values of those before it on the host (bad words, grammars,
-    beams), so no step with it is scheduled before the last one is read.
+    first under the "priority" policy, each step worth `scheduler.PRIORITY_SECONDS` of waiting. cache_salt: requests
+    share cached blocks only with those of the same salt. looks_back: the choice of its next token needs the values of
+    those before it on the host (bad words, grammars, beams), so no step with it is scheduled before the last one is
+    read.
     eos_token_ids: end the output unless params.ignore_eos. arrival_time: seconds of time.monotonic.
     """
 
@@ -196,8 +197,8 @@ def _checked_prompt(token_ids: Iterable[int]) -> tuple[int, ...]:
 
 
 def _checked_priority(priority: int) -> int:
-    if type(priority) is not int:
-        raise ValueError(f"priority: expected an integer (lower runs first), got {priority!r}")
+    if type(priority) is not int or not -(2**31) <= priority < 2**31:
+        raise ValueError(f"priority: expected an integer of 32 bits (lower runs first), got {priority!r}")
     return priority
 
 

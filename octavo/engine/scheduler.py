@@ -1,7 +1,7 @@
 """Which tokens are computed in the next step: continuous batching, chunked prefill, preemption, forks.
 
 Sequences that hold blocks stand in one of three lists, those without in a fourth, each sorted by `Sequence.order`
-(priority under that policy, then arrival, then candidate):
+(under the priority policy arrival time + priority · PRIORITY_SECONDS; then arrival, then candidate):
 
     waiting      new or preempted           → prefilling, when all blocks of its tokens are free: they are promised to
     it prefilling   more than one token left   → decoding, when its last token is computed
@@ -12,7 +12,9 @@ A step takes one token of every decoding sequence, then chunks of the prefilling
 under one budget. Only decodes can run out of memory, since prompts have theirs promised; then the last in order of all
 holders is preempted: its blocks are freed and its tokens, which it keeps, are computed again later. The first in order
 can thus always run, and any sequence that was accepted fits into an empty cache, so something always runs: nothing
-hangs and nothing is dropped.
+hangs and nothing is dropped. Nor does anything starve: who arrives more than PRIORITY_SECONDS later for each step of
+priority that he is ahead stands behind, so a request of priority p is overtaken only by those that arrive within
+(p − the lowest priority in use) · PRIORITY_SECONDS after it.
 """
 
 import time
@@ -25,6 +27,8 @@ from octavo.engine.config import EngineConfig
 from octavo.engine.request import FinishReason, Request, Sequence, SequenceStatus
 from octavo.engine.sampling_params import SamplingParams
 from octavo.engine.step import BlockCopy, ScheduledSequence, SchedulerOutput, StepResult
+
+PRIORITY_SECONDS = 60  # of waiting that make up for one step of priority
 
 _order = attrgetter("order")
 
@@ -62,9 +66,10 @@ class Scheduler:
         self.requests[request.request_id] = request
         self._num_looking_back += request.looks_back
         self._num_arrivals += 1
-        priority = request.priority if self.config.scheduling_policy == "priority" else 0
         (seq,) = request.sequences
-        seq.order = (priority, self._num_arrivals, 0)
+        by_priority = self.config.scheduling_policy == "priority"
+        turn = request.metrics.arrival_time + request.priority * PRIORITY_SECONDS if by_priority else 0.0
+        seq.order = (turn, self._num_arrivals, 0)
         longest = self.config.max_sequence_len
         max_tokens = request.params.max_tokens
         seq.max_tokens_total = longest if max_tokens is None else min(longest, seq.num_tokens + max_tokens)

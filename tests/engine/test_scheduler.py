@@ -171,6 +171,7 @@ def test_what_can_never_run_is_refused_at_once_with_the_numbers() -> None:
         ("prompt_token_ids", {"prompt_token_ids": [True]}),
         ("prompt_token_ids", {"prompt_token_ids": [2**31]}),
         ("priority", {"priority": 1.5}),
+        ("priority", {"priority": 2**31}),
         ("cache_salt", {"cache_salt": ""}),
     ],
 )

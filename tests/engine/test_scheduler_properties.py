@@ -9,16 +9,17 @@ wrongly, copied late or named wrongly is caught at the next step that reads it.
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import permutations
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from octavo.engine.config import EngineConfig
 from octavo.engine.request import Request, Sequence
 from octavo.engine.sampling_params import BeamSearchParams, SamplingParams
-from octavo.engine.scheduler import Scheduler
+from octavo.engine.scheduler import PRIORITY_SECONDS, Scheduler
 from octavo.engine.step import SchedulerOutput, StepResult, TopLogprobs
 
 VOCABULARY = 11
@@ -377,6 +378,39 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+@given(arrivals=st.lists(st.tuples(st.integers(0, 300), st.integers(-3, 3)), min_size=2, max_size=25))
+def test_priority_overtakes_for_a_bounded_time_only(arrivals: list[tuple[int, int]]) -> None:
+    """One seat, ten seconds a step, nine steps a request, so that a queue builds up."""
+    config = EngineConfig(
+        num_blocks=4, max_model_len=16, kv_bytes_per_token=1, max_num_seqs=1, scheduling_policy="priority"
+    )
+    engine = Engine(config)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    coming = [
+        Request(str(i), [1 + i % 9], params, arrival_time=arrival, priority=priority)
+        for i, (arrival, priority) in enumerate(sorted(arrivals))
+    ]
+    starts: dict[str, int] = {}
+    now = 0
+    while coming or engine.scheduler.has_unfinished():
+        while coming and coming[0].metrics.arrival_time <= now:
+            engine.add(coming.pop(0))
+        if engine.scheduler.has_unfinished():
+            engine.step()
+        for request in engine.accepted:
+            if request.metrics.first_scheduled_time is not None:
+                starts.setdefault(request.request_id, now)
+        now += 10
+    assert len(starts) == len(arrivals), "all were served"
+    for first, later in permutations(engine.accepted, 2):
+        began = starts[first.request_id]
+        if began < starts[later.request_id] and later.metrics.arrival_time <= began:  # `later` waited, too
+            headstart = first.metrics.arrival_time - later.metrics.arrival_time
+            assert headstart <= PRIORITY_SECONDS * (later.priority - first.priority), "no more than priority is worth"
+            if abs(headstart) < PRIORITY_SECONDS:
+                assert first.priority <= later.priority, "lower goes first among those of about one time"
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])

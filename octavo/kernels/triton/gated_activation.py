@@ -7,6 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
+from octavo.kernels.triton.launch import launch_by_arguments
 
 
 @triton.jit
@@ -52,14 +53,9 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     if out.numel():
         block = min(triton.next_power_of_2(width), 1024)
-        gated_activation_kernel[(rows.shape[0], triton.cdiv(width, block))](
-            rows,
-            out,
-            rows.stride(0),
-            width,
-            KIND=activation,
-            BLOCK=block,
-            num_warps=4,
-            **early_launch_options(out.device),
-        )
+        early = early_launch_options(out.device)["PDL"]
+        launch_by_arguments(
+            gated_activation_kernel, (rows.shape[0], triton.cdiv(width, block), 1), (rows, out, rows.stride(0), width),
+            (("KIND", activation), ("PDL", early), ("BLOCK", block)), num_warps=4, launch_pdl=early,
+        )  # fmt: skip
     return out

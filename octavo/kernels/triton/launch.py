@@ -35,6 +35,7 @@ def launch(
     key = (kernel, device, constants, key)
     entry = _compiled.get(key)
     if entry is None or _profiled():
+        assert kernel.arg_names[len(arguments) :] == [name for name, _ in constants], "constants in the kernel's order"
         compiled = kernel[grid](*arguments, **dict(constants), **options, enable_fp_fusion=True)
         values = tuple(value for _, value in constants)
         _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, values
@@ -42,6 +43,29 @@ def launch(
     run, function, metadata, values = entry
     stream = torch._C._cuda_getCurrentRawStream(device)
     run(*grid, stream, function, metadata, None, None, None, *arguments, *values)
+
+
+def launch_by_arguments(
+    kernel: Any, grid: tuple[int, int, int], arguments: Sequence[Any], constants: Constants, **options: Any
+) -> None:
+    """`launch` with a key of all that Triton may compile arguments and options by, for kernels with few arguments;
+    interprets the kernel where its first argument is a CPU tensor."""
+    if not arguments[0].is_cuda:
+        kernel[grid](*arguments, **dict(constants), **options)
+        return
+    launch(kernel, grid, arguments, constants, (argument_key(arguments), *options.values()), **options)
+
+
+def argument_key(arguments: Sequence[Any]) -> tuple[Hashable, ...]:
+    """What Triton may compile each argument by: tensors by dtype and alignment, integers by their class, None apart."""
+    return tuple(
+        [
+            (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor)
+            else (1 if x == 1 else 2 * (x % 16 == 0) + 4 * (x >= 2**31)) if type(x) is int
+            else x is None
+            for x in arguments
+        ]
+    )  # fmt: skip
 
 
 def pointer_key(x: torch.Tensor) -> tuple[torch.dtype, bool]:

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.kernels.spec import InputNorm, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
 from octavo.kernels.triton.gated_activation import activate
+from octavo.kernels.triton.launch import launch_by_arguments
 from octavo.kernels.triton.norm import rms_norm
 
 
@@ -138,25 +139,29 @@ def linear_small_batch(
     batch, width = x.shape
     rows = weight.shape[0] if activation is None else weight.shape[0] // 2
     out = torch.empty((batch, rows), dtype=out_dtype, device=x.device)
-    early = early_launch_options(x.device)
+    early = early_launch_options(x.device)["PDL"]
     if batch == 1:
         norm_weight, eps, unit_offset = (None, 0.0, False) if norm is None else norm
         block_n, block_k, num_warps = gemv_tile(rows, width, activation is not None)
-        gemv_kernel[(triton.cdiv(rows, block_n),)](
-            x, weight, bias, norm_weight, residual, out, rows, width, eps,
-            KIND=activation, UNIT_OFFSET=unit_offset, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps,
-            **early,
+        launch_by_arguments(
+            gemv_kernel, (triton.cdiv(rows, block_n), 1, 1),
+            (x, weight, bias, norm_weight, residual, out, rows, width, eps),
+            (("KIND", activation), ("UNIT_OFFSET", unit_offset), ("PDL", early), ("BLOCK_N", block_n),
+             ("BLOCK_K", block_k)),
+            num_warps=num_warps, launch_pdl=early,
         )  # fmt: skip
     elif batch:
         if norm is not None:  # inside, every program would sum all squares: twice the time of the product
             x = rms_norm(x, *norm)
         if weight.nbytes > MOST_BYTES_EARLY:
-            early = {"PDL": False}
+            early = False
         block_n, block_k, num_warps, num_stages = gemv_dot_tile(rows, width, activation is not None)
-        gemv_dot_kernel[(triton.cdiv(rows, block_n),)](
-            x, weight, bias, residual, out, batch, rows, width, x.stride(0),
-            0 if residual is None else residual.stride(0), KIND=activation,
-            BLOCK_M=16, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages, **early,
+        stride_r = 0 if residual is None else residual.stride(0)
+        launch_by_arguments(
+            gemv_dot_kernel, (triton.cdiv(rows, block_n), 1, 1),
+            (x, weight, bias, residual, out, batch, rows, width, x.stride(0), stride_r),
+            (("KIND", activation), ("PDL", early), ("BLOCK_M", 16), ("BLOCK_N", block_n), ("BLOCK_K", block_k)),
+            num_warps=num_warps, num_stages=num_stages, launch_pdl=early,
         )  # fmt: skip
     return out
 

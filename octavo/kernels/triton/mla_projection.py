@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Rotary, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
+from octavo.kernels.triton.launch import launch_by_arguments
 from octavo.kernels.triton.rotary_cache import rotate_and_store_latent, store_turned, turned
 
 MOST_TOKENS = 16
@@ -124,15 +125,21 @@ def absorb_and_store(
         rotate_and_store_latent(latent, q, q_absorbed, norm_weight, eps, rotary, kv_cache, slot_mapping)
         return q_absorbed
     block_n = 64
-    absorb_and_store_kernel[(num_heads + tokens, triton.cdiv(rank, block_n))](
+    early = early_launch_options(q.device)["PDL"]
+    arguments = (
         latent, q, up_k, q_absorbed, norm_weight, rotary.cos, rotary.sin, kv_cache, slot_mapping, tokens,
         latent.stride(0), *q.stride()[:2], *up_k.stride()[:2], *q_absorbed.stride()[:2], kv_cache.shape[1], eps,
         *kv_cache.stride()[:2],
-        HEADS=num_heads, RANK=rank, NOPE=width - rotary_dim, ROTARY=rotary_dim, INTERLEAVED=rotary.interleaved,
-        BLOCK_T=16, BLOCK_RANK=triton.next_power_of_2(rank),
-        BLOCK_NOPE=max(16, triton.next_power_of_2(width - rotary_dim)), BLOCK_N=block_n,
-        BLOCK_R=triton.next_power_of_2(rotary_dim // 2), num_warps=4, **early_launch_options(q.device),
     )  # fmt: skip
+    constants = (
+        ("HEADS", num_heads), ("RANK", rank), ("NOPE", width - rotary_dim), ("ROTARY", rotary_dim),
+        ("INTERLEAVED", rotary.interleaved), ("PDL", early), ("BLOCK_T", 16),
+        ("BLOCK_RANK", triton.next_power_of_2(rank)),
+        ("BLOCK_NOPE", max(16, triton.next_power_of_2(width - rotary_dim))), ("BLOCK_N", block_n),
+        ("BLOCK_R", triton.next_power_of_2(rotary_dim // 2)),
+    )  # fmt: skip
+    grid = (num_heads + tokens, triton.cdiv(rank, block_n), 1)
+    launch_by_arguments(absorb_and_store_kernel, grid, arguments, constants, num_warps=4, launch_pdl=early)
     return q_absorbed
 
 
@@ -152,9 +159,12 @@ def project_values(x: Tensor, up_v: Tensor) -> Tensor:
     out = torch.empty((tokens, num_heads, width), dtype=x.dtype, device=x.device)
     if tokens:
         block_n = 16
-        values_kernel[(num_heads, triton.cdiv(width, block_n))](
-            x, up_v, out, tokens, *x.stride()[:2], *up_v.stride()[:2],
-            HEADS=num_heads, RANK=rank, WIDTH=width, BLOCK_T=16, BLOCK_RANK=max(16, triton.next_power_of_2(rank)),
-            BLOCK_N=block_n, num_warps=4, **early_launch_options(x.device),
+        early = early_launch_options(x.device)["PDL"]
+        launch_by_arguments(
+            values_kernel, (num_heads, triton.cdiv(width, block_n), 1),
+            (x, up_v, out, tokens, *x.stride()[:2], *up_v.stride()[:2]),
+            (("HEADS", num_heads), ("RANK", rank), ("WIDTH", width), ("PDL", early), ("BLOCK_T", 16),
+             ("BLOCK_RANK", max(16, triton.next_power_of_2(rank))), ("BLOCK_N", block_n)),
+            num_warps=4, launch_pdl=early,
         )  # fmt: skip
     return out

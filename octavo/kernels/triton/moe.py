@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.kernels.spec import Routing, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
 from octavo.kernels.triton.gated_activation import activate, gated_activation
+from octavo.kernels.triton.launch import Constants, launch_by_arguments
 
 
 @triton.jit
@@ -323,13 +324,17 @@ def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor
     experts = torch.empty((tokens, routing.top_k), dtype=torch.int64, device=logits.device)
     if tokens:
         block = triton.next_power_of_2(num_experts)
-        route_kernel[(tokens,)](
-            logits, bias, weights, experts, routing.scaling_factor, NUM_EXPERTS=num_experts, TOP_K=routing.top_k,
-            SIGMOID=routing.scoring == "sigmoid", NUM_GROUPS=routing.num_groups, TOPK_GROUPS=routing.topk_groups,
-            NORMALISE=routing.norm_topk_prob, BLOCK_E=block, BLOCK_G=triton.next_power_of_2(routing.num_groups),
-            BLOCK_K=triton.next_power_of_2(routing.top_k), num_warps=1 if block * routing.num_groups <= 256 else 4,
-            **early_launch_options(logits.device),
+        early = early_launch_options(logits.device)["PDL"]
+        constants = (
+            ("NUM_EXPERTS", num_experts), ("TOP_K", routing.top_k), ("SIGMOID", routing.scoring == "sigmoid"),
+            ("NUM_GROUPS", routing.num_groups), ("TOPK_GROUPS", routing.topk_groups),
+            ("NORMALISE", routing.norm_topk_prob), ("PDL", early), ("BLOCK_E", block),
+            ("BLOCK_G", triton.next_power_of_2(routing.num_groups)),
+            ("BLOCK_K", triton.next_power_of_2(routing.top_k)),
         )  # fmt: skip
+        arguments = (logits, bias, weights, experts, routing.scaling_factor)
+        num_warps = 1 if block * routing.num_groups <= 256 else 4
+        launch_by_arguments(route_kernel, (tokens, 1, 1), arguments, constants, num_warps=num_warps, launch_pdl=early)
     return weights, experts
 
 
@@ -379,18 +384,22 @@ def _mix_pairs(
     shared_h = None if shared_down is None else torch.empty((tokens, shared_hidden), dtype=x.dtype, device=x.device)
     chunks = 0 if shared_down is None else tokens * triton.cdiv(shared_hidden, hidden)
     out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
-    early = early_launch_options(x.device)
+    early = early_launch_options(x.device)["PDL"]
     block_n, block_k, num_warps = PAIR_GATE_UP_TILE
-    pair_gate_up_kernel[(chunks + tokens * top_k, triton.cdiv(hidden, block_n))](
-        x, gate_up, gate_up if shared_gate_up is None else shared_gate_up, experts,
-        h, h if shared_h is None else shared_h, dim, hidden, shared_hidden, x.stride(0), chunks,
-        TOP_K=top_k, KIND=activation, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, **early,
+    launch_by_arguments(
+        pair_gate_up_kernel, (chunks + tokens * top_k, triton.cdiv(hidden, block_n), 1),
+        (x, gate_up, gate_up if shared_gate_up is None else shared_gate_up, experts,
+         h, h if shared_h is None else shared_h, dim, hidden, shared_hidden, x.stride(0), chunks),
+        (("TOP_K", top_k), ("KIND", activation), ("PDL", early), ("BLOCK_N", block_n), ("BLOCK_K", block_k)),
+        num_warps=num_warps, launch_pdl=early,
     )  # fmt: skip
     block_n, block_k, num_warps = PAIR_DOWN_TILE
-    pair_down_kernel[(tokens, triton.cdiv(dim, block_n))](
-        h, down, weights, experts, shared_h, shared_down, shared, out, hidden, dim, shared_hidden,
-        0 if shared is None else shared.stride(0),
-        TOP_K=top_k, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, **early,
+    launch_by_arguments(
+        pair_down_kernel, (tokens, triton.cdiv(dim, block_n), 1),
+        (h, down, weights, experts, shared_h, shared_down, shared, out, hidden, dim, shared_hidden,
+         0 if shared is None else shared.stride(0)),
+        (("TOP_K", top_k), ("PDL", early), ("BLOCK_N", block_n), ("BLOCK_K", block_k)),
+        num_warps=num_warps, launch_pdl=early,
     )  # fmt: skip
     return out
 
@@ -401,29 +410,37 @@ def _mix_grouped(
     tokens, dim = x.shape
     top_k, (num_experts, _, hidden) = experts.shape[1], down.shape
     pairs = tokens * top_k
-    early = early_launch_options(x.device)
+    early = early_launch_options(x.device)["PDL"]
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
-    sort_kernel[(num_experts,)](
-        experts, order, offsets, pairs, NUM_EXPERTS=num_experts, BLOCK=min(triton.next_power_of_2(pairs), 2048), **early
-    )  # fmt: skip
+    block = min(triton.next_power_of_2(pairs), 2048)
+    constants = (("NUM_EXPERTS", num_experts), ("PDL", early), ("BLOCK", block))
+    arguments = (experts, order, offsets, pairs)
+    launch_by_arguments(sort_kernel, (num_experts, 1, 1), arguments, constants, launch_pdl=early)
     h = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
     y = torch.empty((pairs, dim), dtype=x.dtype, device=x.device)
     out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
     block_e = triton.next_power_of_2(num_experts)
     gate_up_tile, down_tile = grouped_tiles(pairs / num_experts)
     tiles = most_tiles(pairs, num_experts, gate_up_tile.block_m)
-    grouped_gate_up_kernel[(tiles * triton.cdiv(hidden, gate_up_tile.block_n),)](
-        x, gate_up, order, offsets, h, dim, hidden, x.stride(0), tiles,
-        TOP_K=top_k, KIND=activation, NUM_EXPERTS=num_experts, BLOCK_E=block_e, **gate_up_tile.options(), **early,
+    launch_by_arguments(
+        grouped_gate_up_kernel, (tiles * triton.cdiv(hidden, gate_up_tile.block_n), 1, 1),
+        (x, gate_up, order, offsets, h, dim, hidden, x.stride(0), tiles),
+        (("TOP_K", top_k), ("KIND", activation), ("NUM_EXPERTS", num_experts), ("PDL", early), ("BLOCK_E", block_e),
+         *gate_up_tile.blocks()),
+        launch_pdl=early, **gate_up_tile.options(),
     )  # fmt: skip
     tiles = most_tiles(pairs, num_experts, down_tile.block_m)
-    grouped_down_kernel[(tiles * triton.cdiv(dim, down_tile.block_n),)](
-        h, down, order, offsets, y, hidden, dim, tiles,
-        NUM_EXPERTS=num_experts, BLOCK_E=block_e, **down_tile.options(), **early,
+    launch_by_arguments(
+        grouped_down_kernel, (tiles * triton.cdiv(dim, down_tile.block_n), 1, 1),
+        (h, down, order, offsets, y, hidden, dim, tiles),
+        (("NUM_EXPERTS", num_experts), ("PDL", early), ("BLOCK_E", block_e), *down_tile.blocks()),
+        launch_pdl=early, **down_tile.options(),
     )  # fmt: skip
-    combine_kernel[(tokens, triton.cdiv(dim, 1024))](
-        y, weights, shared, out, dim, 0 if shared is None else shared.stride(0), TOP_K=top_k, BLOCK=1024, **early
+    launch_by_arguments(
+        combine_kernel, (tokens, triton.cdiv(dim, 1024), 1),
+        (y, weights, shared, out, dim, 0 if shared is None else shared.stride(0)),
+        (("TOP_K", top_k), ("PDL", early), ("BLOCK", 1024)), launch_pdl=early,
     )  # fmt: skip
     return out
 
@@ -440,14 +457,11 @@ class GroupedTile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def blocks(self) -> Constants:
+        return ("BLOCK_M", self.block_m), ("BLOCK_N", self.block_n), ("BLOCK_K", self.block_k)
+
     def options(self) -> dict[str, int]:
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 # BLOCK_N, BLOCK_K, warps; µs of both on an H100 beside the time to read the weights at 3.02 TB/s, DeepSeek-V2-Lite's

@@ -8,6 +8,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
+from octavo.kernels.triton.launch import launch_by_arguments
 
 _WIDEST = 16384  # columns that one program holds in registers
 
@@ -77,8 +78,9 @@ def _launch(
     if rows == 0:
         return
     block = triton.next_power_of_2(width)
-    rms_norm_kernel[(rows,)](
-        x, residual, weight, out, total, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-        WIDTH=width, UNIT_OFFSET=unit_offset, BLOCK=block, num_warps=min(max(block // 512, 1), 16),
-        **early_launch_options(x.device),
-    )  # fmt: skip
+    early = early_launch_options(x.device)["PDL"]
+    stride_r = 0 if residual is None else residual.stride(0)
+    arguments = (x, residual, weight, out, total, x.stride(0), stride_r, eps)
+    constants = (("WIDTH", width), ("UNIT_OFFSET", unit_offset), ("PDL", early), ("BLOCK", block))
+    num_warps = min(max(block // 512, 1), 16)
+    launch_by_arguments(rms_norm_kernel, (rows, 1, 1), arguments, constants, num_warps=num_warps, launch_pdl=early)

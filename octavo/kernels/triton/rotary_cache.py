@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import HeadNorm, Rotary, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
+from octavo.kernels.triton.launch import launch_by_arguments
 
 _HEADS = 4  # of a program: enough programs for one token, enough work in each for many
 
@@ -168,18 +169,23 @@ def rotate_and_store(
     rotary_dim = 0 if rotary is None else 2 * cos.shape[-1]
     heads = min(_HEADS, triton.next_power_of_2(max(num_heads, num_kv_heads)))
     groups = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
-    rotate_and_store_kernel[(tokens, groups)](
-        qkv, q, k_cache, v_cache, cos, sin,
-        None if norm is None else norm.q_weight, None if norm is None else norm.k_weight,
-        slot_mapping, qkv.stride(0), block_size, 0.0 if norm is None else norm.eps,
+    early = early_launch_options(qkv.device)["PDL"]
+    q_weight, k_weight, eps, unit_offset = (None, None, 0.0, False) if norm is None else norm
+    arguments = (
+        qkv, q, k_cache, v_cache, cos, sin, q_weight, k_weight, slot_mapping, qkv.stride(0), block_size, eps,
         *k_cache.stride()[:3], *v_cache.stride()[:3],
-        HEADS=num_heads, KV_HEADS=num_kv_heads, WIDTH=width, ROTARY=rotary_dim, INTERLEAVED=interleaved,
-        UNIT_OFFSET=norm is not None and norm.unit_offset, BLOCK_H=heads,
-        BLOCK_R=triton.next_power_of_2(max(rotary_dim // 2, 1)),
-        BLOCK_REST=triton.next_power_of_2(max(width - rotary_dim, 1)),
-        BLOCK_D=triton.next_power_of_2(width), num_warps=max(1, min(4, heads * width // 128)),
-        **early_launch_options(qkv.device),
     )  # fmt: skip
+    constants = (
+        ("HEADS", num_heads), ("KV_HEADS", num_kv_heads), ("WIDTH", width), ("ROTARY", rotary_dim),
+        ("INTERLEAVED", interleaved), ("UNIT_OFFSET", unit_offset), ("PDL", early), ("BLOCK_H", heads),
+        ("BLOCK_R", triton.next_power_of_2(max(rotary_dim // 2, 1))),
+        ("BLOCK_REST", triton.next_power_of_2(max(width - rotary_dim, 1))),
+        ("BLOCK_D", triton.next_power_of_2(width)),
+    )  # fmt: skip
+    num_warps = max(1, min(4, heads * width // 128))
+    launch_by_arguments(
+        rotate_and_store_kernel, (tokens, groups, 1), arguments, constants, num_warps=num_warps, launch_pdl=early
+    )
     return q
 
 
@@ -195,10 +201,15 @@ def rotate_and_store_latent(
     if tokens == 0:
         return
     heads = min(_HEADS, triton.next_power_of_2(num_heads))
-    rotate_and_store_latent_kernel[(tokens, 1 + triton.cdiv(num_heads, heads))](
+    early = early_launch_options(latent.device)["PDL"]
+    arguments = (
         latent, q, q_absorbed, weight, rotary.cos, rotary.sin, kv_cache, slot_mapping,
         latent.stride(0), *q.stride()[:2], *q_absorbed.stride()[:2], kv_cache.shape[1], eps, *kv_cache.stride()[:2],
-        HEADS=num_heads, RANK=rank, NOPE=q_width - rotary_dim, ROTARY=rotary_dim, INTERLEAVED=rotary.interleaved,
-        BLOCK_H=heads, BLOCK_RANK=triton.next_power_of_2(rank), BLOCK_R=triton.next_power_of_2(rotary_dim // 2),
-        num_warps=4, **early_launch_options(latent.device),
     )  # fmt: skip
+    constants = (
+        ("HEADS", num_heads), ("RANK", rank), ("NOPE", q_width - rotary_dim), ("ROTARY", rotary_dim),
+        ("INTERLEAVED", rotary.interleaved), ("PDL", early), ("BLOCK_H", heads),
+        ("BLOCK_RANK", triton.next_power_of_2(rank)), ("BLOCK_R", triton.next_power_of_2(rotary_dim // 2)),
+    )  # fmt: skip
+    grid = (tokens, 1 + triton.cdiv(num_heads, heads), 1)
+    launch_by_arguments(rotate_and_store_latent_kernel, grid, arguments, constants, num_warps=4, launch_pdl=early)

@@ -150,15 +150,17 @@ class Octavo:
 
         runner.launch, engine.step = noted_launch, timed_step  # type: ignore[method-assign]
 
-    def run(self, workload: Workload, temperature: float) -> None:
+    def run(self, workload: Workload, temperature: float) -> list[list[int]]:
         from octavo import SamplingParams
 
         params = [
-            SamplingParams(temperature=temperature, ignore_eos=True, max_tokens=length, detokenize=False)
-            for _, length in workload
+            SamplingParams(temperature=temperature, seed=i, ignore_eos=True, max_tokens=length, detokenize=False)
+            for i, (_, length) in enumerate(workload)
         ]
         outputs = self.llm.generate([prompt for prompt, _ in workload], params, use_tqdm=False)
-        assert [len(o.outputs[0].token_ids) for o in outputs] == [length for _, length in workload]
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        assert [len(ids) for ids in tokens] == [length for _, length in workload]
+        return tokens
 
     def host_work(self, at_least: int) -> dict[str, Any]:
         """Microseconds of the host per step that decodes `at_least` sequences, without its waiting: median, 99th
@@ -283,7 +285,7 @@ class VLLM:
             enable_prefix_caching=False,
         )
 
-    def run(self, workload: Workload, temperature: float) -> None:
+    def run(self, workload: Workload, temperature: float) -> list[list[int]]:
         from vllm import SamplingParams
 
         params = [
@@ -291,7 +293,7 @@ class VLLM:
             for _, length in workload
         ]
         prompts = [{"prompt_token_ids": prompt} for prompt, _ in workload]
-        self.llm.generate(prompts, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in self.llm.generate(prompts, params, use_tqdm=False)]
 
 
 def seconds_of(engine: Octavo | VLLM, workload: Workload, temperature: float) -> float:
@@ -360,13 +362,18 @@ def measure(engine_class: type[Octavo] | type[VLLM], arguments: argparse.Namespa
     result["first_generation_s"] = round(seconds_of(engine, [(workload[0][0], 8)], 0.6), 3)
     tokens = sum(length for _, length in workload)
     result["batch_tokens"] = {"in": sum(len(prompt) for prompt, _ in workload), "out": tokens}
+    outputs = []
     for repetition in ("first", "second")[: arguments.batches]:
         if isinstance(engine, Octavo):
             engine.steps.clear()
-        seconds = seconds_of(engine, workload, 0.6)
+        start = time.perf_counter()
+        outputs.append(engine.run(workload, 0.6))
+        seconds = time.perf_counter() - start
         result[f"{repetition}_batch"] = {"s": round(seconds, 3), "tokens_per_s": round(tokens / seconds, 1)}
         print(json.dumps(result), flush=True)
     if isinstance(engine, Octavo):
+        if arguments.batches == 2:
+            result["same_tokens_twice"] = outputs[0] == outputs[1]
         result["at_full_batch"] = engine.host_work(int(arguments.seqs * 0.9))
         result["prefill_steps"] = engine.prefill_work()
         engine.steps.clear()

@@ -145,6 +145,8 @@ def launch_forward(
         )
     left, right = window_bounds(spec)
     whole_tiles = not (packed_k or paged or t.seqused_k is not None or right is not None or k.shape[1] % tile.block_n)
+    seen = _NO_LIMIT if left is None else left + max(right or 0, 0) + max_q + tile.block_n  # keys of a query
+    capacity = _NO_LIMIT if t.block_table is None else min(t.block_table.shape[1] * k.shape[1], _NO_LIMIT)
     out_strides = sequence_strides(out, packed_q)
     lse_strides = (0, lse.stride(0)) if packed_q else (lse.stride(0), lse.stride(1))
     descriptors: tuple[TensorDescriptor | None, TensorDescriptor | None] = (None, None)
@@ -160,7 +162,7 @@ def launch_forward(
         *bias_strides(t.attn_bias, (batch, heads_q, max_q, max_k)),
         spec.softmax_scale, spec.softcap or None, left, right, spec.dropout_p or None, t.dropout_seed,
         batch, heads, max_q, max_k, t.max_seqlen_q or max_q, t.max_seqlen_k or max_k, m_tiles, target,
-        num_splits or None, _NO_LIMIT if left is None else left + max(right or 0, 0) + max_q + tile.block_n,
+        num_splits or None, min(capacity, seen), capacity,
         GROUP_ROWS=group_rows, QUERIES_PER_KEY=queries_per_key, PAGE_SIZE=k.shape[1] if paged else 0,
         HEAD_DIM=q.shape[-1], HEAD_DIM_V=v.shape[-1], BLOCK_D=block_d, BLOCK_TAIL=block_tail, BLOCK_DV=block_dv,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=128 if batch <= 128 else 1024,

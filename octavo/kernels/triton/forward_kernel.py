@@ -78,7 +78,8 @@ def key_range(i_first, i_last, leftpad, length_k, shift, window_left, window_rig
 @triton.jit(
     do_not_specialize=[
         "seqlen_q", "seqlen_k", "max_seqlen_q", "max_seqlen_k", "dropout_seed", "batch", "m_tiles", "split_target",
-        "split_max_keys", "num_splits", "window_left", "window_right", "stride_lh", "stride_lb", "stride_table",
+        "split_max_keys", "num_splits", "capacity", "window_left", "window_right", "stride_lh", "stride_lb",
+        "stride_table",
     ]
 )  # fmt: skip
 def forward_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
@@ -91,6 +92,7 @@ def forward_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
     stride_table, stride_slopes, stride_bias_b, stride_bias_h, stride_bias_q, stride_bias_k,
     softmax_scale, softcap, window_left, window_right, dropout_p, dropout_seed,
     batch, heads, seqlen_q, seqlen_k, max_seqlen_q, max_seqlen_k, m_tiles, split_target, num_splits, split_max_keys,
+    capacity,
     GROUP_ROWS: tl.constexpr, QUERIES_PER_KEY: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -119,6 +121,8 @@ def forward_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
         b = pid // (m_tiles * heads)
     start_q, length_q = sequence(b, cu_seqlens_q, seqused_q, seqlen_q)
     start_k, length_k = sequence(b, cu_seqlens_k, seqused_k, seqlen_k)
+    if block_table is not None:
+        length_k = tl.minimum(length_k, capacity)
     if m_tile * BLOCK_M >= length_q * GROUP_ROWS:
         return
     b64 = b.to(tl.int64)

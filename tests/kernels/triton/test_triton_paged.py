@@ -43,6 +43,22 @@ def assert_equal(got, expected):
     torch.testing.assert_close(got[1], expected[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_splits", [0, 3])
+def test_lengths_past_the_table_count_as_its_capacity(num_splits):
+    k, v, table = paged([64, 96], 16, 1, 32, 7)
+    table = table[:, :6]
+    table[0, 4:] = table[0, :2]
+    q, latents = torch.randn(2, 2, 32), k[:, :, 0]
+    wrong, right = (batch_of([1, 1], lengths, table, 96) for lengths in ([97, 2**31 - 1], [96, 96]))
+    calls = [
+        lambda t: paged_attention(q, k, v, AttentionSpec(0.2, window_right=0), t, num_splits),
+        lambda t: mla_decode(q, latents, 16, AttentionSpec(0.2, window_right=0), t, num_splits),
+    ]
+    for call in calls:
+        for got, expected in zip(call(wrong), call(right), strict=True):
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("num_splits", [0, 1, 3])
 @pytest.mark.parametrize("page", [1, 16, 24, 64, 256])
 def test_decode(page, num_splits):

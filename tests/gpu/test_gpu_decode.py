@@ -1,5 +1,6 @@
 """Decode over paged caches on the GPU: keys and values, latents, quantised caches; graphs, poison, repeats."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -68,32 +69,71 @@ def assert_as_good_as_torch(got, exact, same_dtype):
     assert (got - exact).abs().max() <= 2 * (same_dtype - exact).abs().max() + 1e-5
 
 
-def check_paged(q, k, v, spec, t):
-    module, (out, lse) = kernel("paged_attention", q, k, v, spec, t, 0)
-    assert module == "triton.paged_decode"
+def decoders(*arguments):
+    """What each decode kernel that takes the call makes of it, by module."""
+    found = {}
+    for backend in ("hopper", "triton"):
+        with contextlib.suppress(ValueError):
+            module, result = kernel("paged_attention", *arguments, backend=backend)
+            found[module] = result
+    assert "triton.paged_decode" in found
+    return found
+
+
+def check_paged(q, k, v, spec, t, hopper_too=True):
+    found = decoders(q, k, v, spec, t, 0)
+    assert ("hopper.paged_decode" in found) == (hopper_too and torch.cuda.get_device_capability() == (9, 0))
     k, v = (x if t.k_scale is not None else x.float() for x in (k, v))
     exact, exact_lse = reference_paged(q.float(), k, v, spec, t)
     if t.k_scale is not None:
         k, v = (reference_cache.dequantise(x, s, torch.float32) for x, s in ((k, t.k_scale), (v, t.v_scale)))
     plain = replace(t, k_scale=None, v_scale=None)
     own, _ = reference_paged(q, k.to(q.dtype), v.to(q.dtype), spec, plain)
-    assert_as_good_as_torch(out.float(), exact, own.float())
-    torch.testing.assert_close(lse, exact_lse, atol=2e-3, rtol=1e-4)
+    for out, lse in found.values():
+        assert_as_good_as_torch(out.float(), exact, own.float())
+        torch.testing.assert_close(lse, exact_lse, atol=2e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("page", [8, 16, 32, 64, 256])
+@pytest.mark.parametrize("page", [8, 16, 24, 32, 48, 64, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 def test_paged(page, dtype):
     k, v, table = keys_and_values(PRIMES, page, dtype=dtype)
-    check_paged(random(len(PRIMES), 32, 128, dtype=dtype), k, v, CAUSAL, batch_of(PRIMES, table))
+    q = random(len(PRIMES), 32, 128, dtype=dtype)
+    check_paged(q, k, v, CAUSAL, batch_of(PRIMES, table), hopper_too=page % 16 == 0)
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(32, 32, 128), (16, 1, 64), (64, 8, 64), (8, 2, 256), (14, 2, 96)]
+    ("heads", "kv_heads", "head_dim"), [(32, 32, 128), (16, 1, 64), (64, 8, 64), (8, 2, 256), (14, 2, 96), (40, 2, 128)]
 )
 def test_paged_heads(heads, kv_heads, head_dim):
     k, v, table = keys_and_values(PRIMES, 16, kv_heads, head_dim)
-    check_paged(random(len(PRIMES), heads, head_dim), k, v, CAUSAL, batch_of(PRIMES, table))
+    served = head_dim in (64, 128) and heads // kv_heads <= 16
+    check_paged(random(len(PRIMES), heads, head_dim), k, v, CAUSAL, batch_of(PRIMES, table), hopper_too=served)
+
+
+def test_one_query_sees_all_keys_with_or_without_a_causal_mask():
+    k, v, table = keys_and_values(PRIMES, 16)
+    check_paged(random(len(PRIMES), 32, 128), k, v, AttentionSpec(0.1), batch_of(PRIMES, table))
+
+
+def test_lengths_past_the_table_count_as_its_capacity():
+    """On a GPU nobody looks at lengths before the launch; the kernels stop where the table does."""
+    k, v, table = keys_and_values([64, 96, 32], 16)
+    cache, latent_table = poisoned([64, 96, 32], 16, 576)
+    for x in (table, latent_table):
+        x[:, :6] = x[1, :6]
+    q, q_latent = random(3, 32, 128), random(3, 16, 576)
+    wrong, right = [97, 2**31 - 1, 10**6], [96] * 3
+
+    def results(lengths):
+        yield from decoders(q, k, v, CAUSAL, batch_of(lengths, table[:, :6]), 0).items()
+        yield kernel("mla_decode", q_latent, cache, 512, LATENT, batch_of(lengths, latent_table[:, :6]), 0)
+        yield kernel(
+            "mla_decode", q_latent, cache, 512, LATENT, batch_of(lengths, latent_table[:, :6]), 0, backend="triton"
+        )
+
+    for (module, got), (_, expected) in zip(results(wrong), results(right), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), module
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -135,8 +175,8 @@ def test_what_quantisation_costs(dtype, largest, bound):
     exact = reference_paged(q.float(), k.float(), v.float(), CAUSAL, t)[0]
     scales = [x.nan_to_num().abs().amax((0, 1, 3)).float() / largest for x in (k, v)]
     k, v = (reference_cache.quantise(x.nan_to_num(), s, dtype) for x, s in zip((k, v), scales, strict=True))
-    _, (out, _) = kernel("paged_attention", q, k, v, CAUSAL, replace(t, k_scale=scales[0], v_scale=scales[1]), 0)
-    assert (out.float() - exact).norm() <= bound * exact.norm()
+    for out, _ in decoders(q, k, v, CAUSAL, replace(t, k_scale=scales[0], v_scale=scales[1]), 0).values():
+        assert (out.float() - exact).norm() <= bound * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [FP8, INT8])
@@ -220,19 +260,20 @@ def test_a_graph_replays_other_lengths_and_tables():
     t, t_latent = batch_of(first, table.clone()), batch_of(first, latent_table.clone())
     for x in (t, t_latent):
         x.block_table.zero_()
-    calls = [("paged_attention", q, k, v, CAUSAL, t, 0), ("mla_decode", q_latent, cache, 512, LATENT, t_latent, 0)]
-    for call in calls:
-        kernel(*call)
+    paged = ("paged_attention", q, k, v, CAUSAL, t, 0)
+    calls = [(paged, None), (paged, "triton"), (("mla_decode", q_latent, cache, 512, LATENT, t_latent, 0), None)]
+    for call, backend in calls:
+        kernel(*call, backend=backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = [kernel(*call)[1][0] for call in calls]
+        outs = [kernel(*call, backend=backend)[1][0] for call, backend in calls]
     for x, right in ((t, table), (t_latent, latent_table)):
         x.block_table.copy_(right)
         x.seqused_k.copy_(torch.tensor(second, dtype=torch.int32))
     graph.replay()
     expected = [
-        reference_paged(q.float(), k.float(), v.float(), CAUSAL, t)[0],
+        *[reference_paged(q.float(), k.float(), v.float(), CAUSAL, t)[0]] * 2,
         reference_mla(q_latent.float(), cache.float(), 512, LATENT, t_latent)[0],
     ]
     for out, wanted in zip(outs, expected, strict=True):

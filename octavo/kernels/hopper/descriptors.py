@@ -29,7 +29,5 @@ def ragged_descriptor(
     Coordinates (WRAP, end, WRAP - n, …) give a box whose first n rows are those before row `end`, and its others lie
     outside. WRAP times the first stride is a multiple of 2^64 bytes less WRAP rows: hardware adds addresses mod 2^64.
     """
-    row = strides[0]
-    back = (1 << 34) - row
     axes = [_UNBOUNDED, _UNBOUNDED, WRAP.value, *shape[1:]]
-    return make_descriptor(base, axes, [back, row, *strides], [1, 1, *box], layout)
+    return make_descriptor(base, axes, [(1 << 34) - strides[0], strides[0], *strides], [1, 1, *box], layout)

@@ -838,14 +838,21 @@ def _readable_by_tma(x: Tensor) -> Tensor:
 
 def _descriptor(x: Tensor, rows: int, varlen: bool, width: int = 0) -> TensorDescriptor:
     """Boxes of `rows` rows of one head for `box_at`, of `width` columns, or all."""
-    shape, strides = list(x.shape), list(x.stride())
-    if 1 in shape:  # TMA checks the stride of an axis of size 1 too, and torch may hold anything there
-        strides = [stride if size > 1 else shape[-1] for size, stride in zip(shape, strides, strict=True)]
-    strides[-1] = 1
-    box = [rows, 1, width or _width(x.shape[-1])]
-    if varlen:
-        return ragged_descriptor(x, shape, strides, box, _RAGGED_LAYOUT)
-    return make_descriptor(x, shape, strides, [1, *box], _LAYOUT)
+    make = ragged_descriptor if varlen else make_descriptor
+    return make(x, *_axes(x.shape, x.stride(), rows, varlen, width))
+
+
+@functools.lru_cache(maxsize=1024)
+def _axes(
+    shape: tuple[int, ...], strides: tuple[int, ...], rows: int, varlen: bool, width: int
+) -> tuple[list[int], list[int], list[int], gl.NVMMASharedLayout]:
+    """Shape, strides, box and layout of a descriptor."""
+    # TMA checks the stride of an axis of size 1 too, and torch may hold anything there
+    steps = [stride if size > 1 else shape[-1] for size, stride in zip(shape, strides, strict=True)]
+    box = [rows, 1, width or _width(shape[-1])]
+    if not varlen:
+        box.insert(0, 1)
+    return list(shape), [*steps[:-1], 1], box, _RAGGED_LAYOUT if varlen else _LAYOUT
 
 
 _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)

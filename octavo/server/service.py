@@ -23,7 +23,7 @@ from octavo.server.settings import ServerSettings
 from octavo.server.stats import StatsFeed
 
 LONG_TEXT = 20_000  # characters, from which on a text is encoded in a thread, so that nobody waits for it
-MAX_PRIORITY = 10**6
+MAX_PRIORITY = 20  # a minute of waiting makes up for one step: who comes 40 minutes later overtakes nobody
 RATE_WINDOW = 60.0  # seconds over which finished sequences are counted
 
 

@@ -1,6 +1,7 @@
 """Dense attention forward and backward on one GPU: octavo's backends beside every peer that can be imported.
 
     PYTHONPATH=. python3 benchmarks/attention.py [--dims 64,128,256] [--seqlens 1024,4096,16384] [--out results.json]
+    PYTHONPATH=. python3 benchmarks/attention.py --plot results.json attention  # attention_forward.png, …_backward.png
 
 Shapes are those of the FlashAttention-3 paper: bf16, hidden size 2048, 16k tokens in all (batch = 16384 / seqlen).
 Peers are torch's cuDNN and FlashAttention-2, FlexAttention, FA3 (vLLM's build) and FA4 (CuTe DSL). All run in one
@@ -260,6 +261,34 @@ def host_times(names: list[str]) -> dict[str, float]:
     return times
 
 
+def plot(results: Path, prefix: Path) -> None:
+    """`{prefix}_forward.png` and `{prefix}_backward.png` of a JSON file: one panel for each head size and mask."""
+    import matplotlib.pyplot as plt
+
+    data = json.loads(results.read_text())
+    for direction in ("forward", "backward"):
+        # the deterministic form differs in the backward alone
+        rows = [r for r in data["rows"] if direction in r and (direction == "backward" or "-" not in r["name"])]
+        masks, dims, names = (list(dict.fromkeys(r[key] for r in rows)) for key in ("causal", "head_dim", "name"))
+        size, options = (4 * len(dims), 3 * len(masks) + 0.6), {"sharey": True, "squeeze": False}
+        figure, axes = plt.subplots(len(masks), len(dims), figsize=size, layout="constrained", **options)
+        for panel, causal, head_dim in ((axes[i][j], m, d) for i, m in enumerate(masks) for j, d in enumerate(dims)):
+            shown = [row for row in rows if (row["causal"], row["head_dim"]) == (causal, head_dim)]
+            lengths = list(dict.fromkeys(row["seqlen"] for row in shown))
+            for place, name in enumerate(names):
+                bars = {row["seqlen"]: row[direction] for row in shown if row["name"] == name}
+                at = [i + (place - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(lengths))]
+                panel.bar(at, [bars.get(length, 0) for length in lengths], 0.8 / len(names), label=name)
+            panel.axhline(data["ceiling_tflops"], color="grey", linewidth=0.8, linestyle="--")
+            panel.set_xticks(range(len(lengths)), [f"{length // 1024}k" for length in lengths])
+            panel.set_title(f"head size {head_dim}, {'causal' if causal else 'no mask'}", fontsize=10)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=9)
+        figure.supylabel("TFLOP/s")
+        figure.suptitle(f"attention {direction}: {data['machine']}; dashed: a bf16 product of 8192³", fontsize=10)
+        figure.savefig(prefix.with_name(f"{prefix.name}_{direction}.png"), dpi=110)
+        plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", default="64,128,256")
@@ -268,7 +297,11 @@ def main() -> None:
     parser.add_argument("--causal", choices=("no", "yes", "both"), default="both")
     parser.add_argument("--rep", type=float, default=100, help="milliseconds that each kernel is repeated for")
     parser.add_argument("--out", type=Path, help="JSON file for every row")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("JSON", "PREFIX"), help="draw a JSON file and end")
     args = parser.parse_args()
+    if args.plot:
+        plot(*args.plot)
+        return
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
     ceiling = 2 * 8192**3 / seconds(lambda: a @ b) / 1e12
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"

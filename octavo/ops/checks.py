@@ -7,11 +7,14 @@ from octavo.kernels.spec import AttentionSpec, Tensor
 
 def check_shape(name: str, x: Tensor, expected: tuple[int | str, ...]) -> None:
     """Raise `ValueError` unless x has these axes; a string stands for any size."""
-    fits = x.dim() == len(expected) and all(
-        isinstance(size, str) or actual == size for actual, size in zip(x.shape, expected, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{name}: expected shape ({', '.join(map(str, expected))}), got {tuple(x.shape)}")
+    shape = x.shape
+    if len(shape) == len(expected):
+        for size, wanted in zip(shape, expected, strict=True):  # a generator in all() would cost twice as much
+            if size != wanted and not isinstance(wanted, str):
+                break
+        else:
+            return
+    raise ValueError(f"{name}: expected shape ({', '.join(map(str, expected))}), got {tuple(shape)}")
 
 
 def check_index(name: str, x: Tensor, expected: tuple[int | str, ...], device: torch.device) -> None:

@@ -96,24 +96,16 @@ def choose(op: str, device: torch.device, arguments: tuple[Any, ...], backend: s
     named.
     """
     backend = forced_backend(backend)
-    candidates = (backend,) if backend else _PREFERENCE.get(device.type, ("reference",))
     passed_over: dict[str, str] = {}
-    for candidate in candidates:
-        reason = _wrong_device(candidate, device)
-        if reason is not None:
-            passed_over[candidate] = reason
+    for candidate, name, loaded in _candidates(op, device, backend, _interpreted(device)):
+        if isinstance(loaded, str):
+            passed_over[name] = loaded
             continue
-        for module in _MODULES[op]:
-            name = f"{candidate}.{module}"
-            loaded = _load(candidate, module, op)
-            if isinstance(loaded, str):
-                passed_over[name] = loaded
-                continue
-            kernel, refuses = loaded
-            reason = refuses(*arguments)
-            if reason is None:
-                return Choice(kernel, candidate, name, passed_over)
-            passed_over[name] = reason
+        kernel, refuses = loaded
+        reason = refuses(*arguments)
+        if reason is None:
+            return Choice(kernel, candidate, name, passed_over)
+        passed_over[name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise ValueError(
         f"backend {backend!r} cannot serve this {op} call ({reasons}); leave backend unset to let octavo choose"
@@ -147,13 +139,32 @@ def beside(choice: Choice, prefix: str) -> Kernel | None:
     return getattr(module, f"{prefix}_{choice.kernel.__name__}", None)
 
 
-def _wrong_device(backend: str, device: torch.device) -> str | None:
+@functools.cache
+def _candidates(
+    op: str, device: torch.device, backend: str | None, interpreted: bool
+) -> tuple[tuple[str, str, tuple[Kernel, Kernel] | str], ...]:
+    """(backend, name, kernel and `refuses_<op>` or why there is none) of all that may serve, best first."""
+    found: list[tuple[str, str, tuple[Kernel, Kernel] | str]] = []
+    for candidate in (backend,) if backend else _PREFERENCE.get(device.type, ("reference",)):
+        reason = _wrong_device(candidate, device, interpreted)
+        if reason is not None:
+            found.append((candidate, candidate, reason))
+        else:
+            found += [(candidate, f"{candidate}.{module}", _load(candidate, module, op)) for module in _MODULES[op]]
+    return tuple(found)
+
+
+def _interpreted(device: torch.device) -> bool:
+    """Whether Triton's kernels take tensors of this device although it is no GPU."""
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _wrong_device(backend: str, device: torch.device, interpreted: bool) -> str | None:
     if backend == "reference":
         return None
     if backend == "cpu":
         return None if device.type == "cpu" else f"it serves CPU tensors, these are on {device}"
     if backend == "triton" and device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted else "it serves GPU tensors (CPU tensors with TRITON_INTERPRET=1 in the environment)"
     if device.type != "cuda":
         return f"it serves CUDA tensors, these are on {device}"

@@ -96,7 +96,7 @@ def flash_attn_with_kvcache(
         _append(k, v, k_cache, v_cache, seqlens, block_table)
         seqlens = seqlens + k.shape[1]
     tensors = AttentionTensors(
-        cu_seqlens_q=sq * torch.arange(batch + 1, dtype=torch.int32, device=q.device),
+        cu_seqlens_q=uniform_cu_seqlens(batch, sq, q.device),
         max_seqlen_q=sq,
         max_seqlen_k=block_table.shape[1] * k_cache.shape[1],
         seqused_k=seqlens,
@@ -111,6 +111,13 @@ def flash_attn_with_kvcache(
     if not return_softmax_lse:
         return out
     return out, lse.reshape(num_heads, batch, sq).transpose(0, 1).contiguous()
+
+
+def uniform_cu_seqlens(batch: int, length: int, device: torch.device) -> Tensor:
+    """(batch + 1,) int32: where sequences of one length begin and end in a packed batch."""
+    if length == 0:
+        return torch.zeros(batch + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
 
 
 def _check_caches(

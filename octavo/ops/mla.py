@@ -9,6 +9,7 @@ import torch
 from octavo.kernels.spec import AttentionTensors, Tensor
 from octavo.ops import custom_ops
 from octavo.ops.checks import check_heads, check_index, check_like, check_shape, make_spec
+from octavo.ops.kvcache import uniform_cu_seqlens
 from octavo.ops.metadata import AttentionMetadata
 from octavo.ops.paged import paged_tensors
 
@@ -86,7 +87,7 @@ def flash_mla_with_kvcache(
     check_index("cache_seqlens", cache_seqlens, (batch,), q.device)
     _check_head_dim_v(head_dim_v, width)
     tensors = AttentionTensors(
-        cu_seqlens_q=sq * torch.arange(batch + 1, dtype=torch.int32, device=q.device),
+        cu_seqlens_q=uniform_cu_seqlens(batch, sq, q.device),
         max_seqlen_q=sq,
         max_seqlen_k=block_table.shape[1] * k_cache.shape[1],
         seqused_k=cache_seqlens,

@@ -348,6 +348,10 @@ params = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]), ignore_eos=T
 for line in sys.stdin:
     prompts = json.loads(line)
     start = time.perf_counter()
+    if isinstance(prompts, str):
+        next(llm.stream(prompts, params))
+        print(json.dumps(time.perf_counter() - start), flush=True)
+        continue
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     print(json.dumps(sum(len(o.outputs[0].token_ids) for o in outputs) / seconds), flush=True)
@@ -355,15 +359,16 @@ for line in sys.stdin:
 
 
 @contextmanager
-def bare_engine(threads: int, clients: int, max_tokens: int) -> Iterator[Callable[[list[str]], float]]:
-    """Tokens/s of `LLM.generate` with all prompts at once, in a process of its own."""
+def bare_engine(threads: int, clients: int, max_tokens: int) -> Iterator[Callable[[list[str] | str], float]]:
+    """Tokens/s of `LLM.generate` with all prompts at once, or seconds to the first text of one prompt; in a process of
+    its own."""
     command = [sys.executable, "-c", ENGINE, str(threads), str(clients), str(max_tokens)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdin is not None
     assert process.stdout is not None
     stdin, stdout = process.stdin, process.stdout
 
-    def generate(prompts: list[str]) -> float:
+    def generate(prompts: list[str] | str) -> float:
         stdin.write(json.dumps(prompts).encode() + b"\n")
         stdin.flush()
         return float(json.loads(stdout.readline()))
@@ -375,6 +380,7 @@ def bare_engine(threads: int, clients: int, max_tokens: int) -> Iterator[Callabl
         process.wait()
 
 
+PARTS = ("octavo", "llama.cpp", "transformers", "first-byte", "overhead")
 LATE = 8192  # bytes; about 40 tokens
 
 
@@ -409,6 +415,38 @@ def overhead(threads: int, port: int, clients: int = 64, rounds: int = 3) -> dic
     return {"tokens_per_s": rates, "ratio": ratio("served"), "ratio_read_late": ratio("served_read_late")}
 
 
+def first_byte(threads: int, port: int, count: int = 60) -> dict[str, float]:
+    """Milliseconds to the first text of an idle engine, and to the first byte of an idle server's stream, median of
+    `count` prompts each, in turn."""
+    url = f"http://127.0.0.1:{port}"
+    plan = Plan(url, 0, max_tokens=2, extra={"ignore_eos": True})
+    rng = random.Random(count)
+    engine, served = [], []
+
+    async def ask(connection: Connection) -> float:
+        start = time.perf_counter()
+        await connection.send("POST", plan.path, plan.body(make_prompt(rng, plan.prompt_words)))
+        seconds = time.perf_counter() - start
+        await connection.body()
+        return seconds
+
+    async def alternate(generate: Callable[[list[str] | str], float]) -> None:
+        connection = Connection(url)
+        for number in range(count + 5):
+            told = generate(make_prompt(rng, plan.prompt_words)), await ask(connection)
+            if number >= 5:  # everything is touched by now
+                engine.append(told[0])
+                served.append(told[1])
+        connection.close()
+
+    command = octavo_command(port, "--max-model-len", "1024")
+    with server(command, url), bare_engine(threads, 8, plan.max_tokens) as generate:
+        asyncio.run(alternate(generate))
+    apart = sorted(mine - theirs for mine, theirs in zip(served, engine, strict=True))
+    told = {"engine_ttft_ms": engine, "served_ttfb_ms": served, "difference_ms": apart}
+    return {name: round(1e3 * statistics.median(values), 2) for name, values in told.items()}
+
+
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each server in turn, all levels."""
     threads, port = arguments.threads, arguments.port
@@ -433,7 +471,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         command += ["--port", str(port), "--device", "cpu", *arguments.transformers_option]
         with server(command, url):
             plan = Plan(url, arguments.seconds, model=arguments.transformers)
-            report["transformers"] = measure(plan, [n for n in levels if n <= 32])
+            report["transformers"] = measure(plan, levels)
+    if "first-byte" in arguments.only:
+        report["first_byte"] = first_byte(threads, port)
+        print("   ", report["first_byte"], flush=True)
     if "overhead" in arguments.only:
         report["overhead"] = overhead(threads, port, rounds=arguments.rounds)
         print("   ", report["overhead"], flush=True)
@@ -489,10 +530,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of every server")
     parser.add_argument("--rounds", type=int, default=3, help="of `compare --only overhead`")
     parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--only", nargs="+", default=["octavo", "llama.cpp", "transformers", "overhead"])
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--peer-python", help="a Python with xllamacpp, for llama.cpp's server")
     parser.add_argument("--transformers", help="a directory with the default model for `transformers serve`")
-    parser.add_argument("--transformers-option", nargs="*", default=[])
+    parser.add_argument("--transformers-option", action="append", default=[], help="--transformers-option=--OPTION")
     parser.add_argument("--connections", type=int, default=1000)
     parser.add_argument("--json")
     arguments = parser.parse_args()

@@ -1,18 +1,23 @@
 """Paged and latent decode on one GPU: octavo beside FA3 and FlashMLA, in one process on the same tensors.
 
     PYTHONPATH=. python3 benchmarks/decode.py [--out results.json]
+    PYTHONPATH=. python3 benchmarks/decode.py --plot results.json decode  # decode_paged.png, decode_mla.png
 
 One query token a sequence, bf16, a random block table; ragged rows have lengths log-uniform in 64 … 32768. GB/s count
 each key and value (or latent) byte once; "of the copy" is against a device-to-device copy measured in the same run
 (read + write). Three times each: of CUDA graph replays by Triton's `do_bench`, which zeroes 256 MB before each, so that
 the part of the L2 left dirty (up to 50 MB) is written back while the kernel reads; of replays with an L2 filled by
-reading, as the kernels of a model leave it; and of calls from Python. All are checked against the fp32 reference on the
-first sequence; `octavo fp8` and `octavo int8` read the same keys and values quantised with one scale a head, so their
-error is that of the quantisation.
+reading, as the kernels of a model leave it; and of calls from Python. `torch fa2` gathers the pages and calls
+`scaled_dot_product_attention`, which takes no pages and no ragged lengths.
+
+All are checked against the fp32 reference on the first sequence; `octavo fp8` and `octavo int8` read the same keys and
+values quantised with one scale a head, so their error is that of the quantisation.
 """
 
 import argparse
+import datetime
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +25,8 @@ from pathlib import Path
 
 import torch
 import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
 from octavo.kernels.reference.cache import quantise
@@ -31,6 +38,7 @@ from octavo.ops import dispatch
 HEAD_DIM, LATENT, ROPE = 128, 512, 64
 RAGGED = (64, 32768)  # shortest and longest of log-uniform lengths
 TIMES = ("after_zeroing_us", "after_reading_us", "eager_us")
+PEERS = ("fa3", "flash_mla")
 QUANTISED = {"octavo fp8": (torch.float8_e4m3fn, 448.0), "octavo int8": (torch.int8, 127.0)}
 #       batch, context (0: ragged), Hq, Hkv
 PAGED = [(128, 4096, 32, 8), (64, 8192, 32, 8), (16, 32768, 32, 8), (1, 131072, 32, 8), (256, 1024, 32, 8),
@@ -139,6 +147,20 @@ def fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: AttentionTensors) 
     )  # fmt: skip
 
 
+def torch_fa2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: AttentionTensors) -> Callable[[], torch.Tensor]:
+    """FlashAttention-2 of torch over the pages gathered into one tensor, the gathering included."""
+    if int(t.seqused_k.min()) != t.max_seqlen_k or t.max_seqlen_k % k.shape[1]:
+        raise ValueError("it takes sequences of one length, in whole pages")
+    batch, (kv_heads, head_dim) = q.shape[0], k.shape[2:]
+
+    def call() -> torch.Tensor:
+        gathered = (x[t.block_table].view(batch, -1, kv_heads, head_dim).transpose(1, 2) for x in (k, v))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(q[:, :, None], *gathered, enable_gqa=True)[:, :, 0]
+
+    return call
+
+
 def flash_mla(q: torch.Tensor, cache: torch.Tensor, t: AttentionTensors, scale: float) -> Callable[[], torch.Tensor]:
     """FlashMLA of vLLM's wheel."""
     from vllm.third_party.flashmla.flash_mla_interface import flash_mla_with_kvcache, get_mla_metadata
@@ -186,7 +208,7 @@ def paged_rows(batch: int, context: int, heads: int, kv_heads: int, page: int) -
     tokens = int(t.seqused_k.sum())
     nbytes, flops = 4.0 * tokens * kv_heads * HEAD_DIM, 4.0 * tokens * heads * HEAD_DIM
     case = {"op": "paged", "batch": batch, "context": context, "heads": heads, "kv_heads": kv_heads, "page": page}
-    makers: dict[str, Callable] = {"fa3": lambda: fa3(q, k, v, t)}
+    makers: dict[str, Callable] = {"torch fa2": lambda: torch_fa2(q, k, v, t), "fa3": lambda: fa3(q, k, v, t)}
     makers["octavo"] = lambda: ours("paged_attention", q, k, v, spec, t, 0)
     makers |= {name: lambda name=name: quantised(q, k, v, spec, t, name) for name in QUANTISED}
     return measure(case, makers, reference, nbytes, flops)
@@ -207,15 +229,23 @@ def mla_rows(batch: int, context: int, heads: int, page: int) -> list[dict]:
     return measure(case, makers, reference, nbytes, flops)
 
 
+def case_of(row: dict) -> str:
+    heads = f"{row['heads']}/{row['kv_heads']}"
+    return f"{row['op']} B={row['batch']} ctx={row['context'] or 'ragged'} {heads} page {row['page']}"
+
+
+def peer_of(rows: list[dict]) -> dict[str, dict]:
+    """The peer's row of each case: FA3 or FlashMLA."""
+    return {case_of(row): row for row in rows if row["name"] in PEERS}
+
+
 def summarise(rows: list[dict], ceiling: float) -> list[str]:
     """One line a candidate: times, their ratios to the peer's, rates, share of the copy's bandwidth, error."""
     lines = []
-    peer: dict = {}
+    peers = peer_of(rows)
     for row in rows:
-        if "octavo" not in row["name"]:
-            peer = row
-        heads = f"{row['heads']}/{row['kv_heads']}"
-        case = f"{row['op']} B={row['batch']} ctx={row['context'] or 'ragged'} {heads} page {row['page']}"
+        case = case_of(row)
+        peer = peers[case]
         if "why" in row:
             lines.append(f"{case}: {row['name']}: {row['why']}")
         else:
@@ -228,13 +258,45 @@ def summarise(rows: list[dict], ceiling: float) -> list[str]:
     return lines
 
 
+def plot(source: Path, prefix: Path) -> None:
+    """`{prefix}_paged.png` and `{prefix}_mla.png` of a JSON file: speed over the peer's, in both states of the L2."""
+    import matplotlib.pyplot as plt
+
+    results = json.loads(source.read_text())
+    for op in ("paged", "mla"):
+        rows = [row for row in results["rows"] if row["op"] == op]
+        peers = peer_of(rows)
+        cases = [case for case in dict.fromkeys(map(case_of, rows)) if "why" not in peers[case]]
+        names = [name for name in dict.fromkeys(row["name"] for row in rows) if name not in PEERS]
+        figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.13 * len(cases) * len(names)), sharey=True)
+        for axis, key, title in zip(axes, TIMES, ("after zeroing (do_bench)", "after reading"), strict=False):
+            for i, name in enumerate(names):
+                found = {case_of(row): row for row in rows if row["name"] == name and "why" not in row}
+                speed = [peers[case][key] / found[case][key] if case in found else 0.0 for case in cases]
+                places = [y + (i + 0.5) / len(names) * 0.8 for y in range(len(cases))]
+                axis.barh(places, speed, 0.8 / len(names), label=name)
+            axis.axvline(1.0, color="black", linewidth=0.8)
+            axis.set(title=title, xlabel=f"speed, {peers[cases[0]]['name']} = 1")
+        axes[0].set_yticks([y + 0.4 for y in range(len(cases))], [case.removeprefix(f"{op} ") for case in cases])
+        axes[0].invert_yaxis()
+        axes[1].legend(fontsize=8)
+        figure.suptitle(f"{results['machine']}, {results['date']}", fontsize=9)
+        figure.tight_layout()
+        figure.savefig(prefix.with_name(f"{prefix.name}_{op}.png"), dpi=110)
+        plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("mla", "paged"))
     parser.add_argument("--pages", default="16,256", help="of keys and values")
     parser.add_argument("--latent-pages", default="64", help="of latents")
     parser.add_argument("--out", type=Path, help="JSON file for every row")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("JSON", "PREFIX"), help="draw a JSON file and end")
     args = parser.parse_args()
+    if args.plot:
+        plot(*args.plot)
+        return
     ceiling = copy_gb_per_s()
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}"
     print(f"{machine}; copy {ceiling:.0f} GB/s")
@@ -247,7 +309,9 @@ def main() -> None:
                 print("\n".join(summarise(measured, ceiling)), flush=True)
                 rows += measured
     if args.out:
-        args.out.write_text(json.dumps({"machine": machine, "copy_gb_per_s": ceiling, "rows": rows}, indent=1))
+        about = {"machine": machine, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+        about |= {"command": " ".join(sys.argv), "copy_gb_per_s": ceiling}
+        args.out.write_text(json.dumps({**about, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

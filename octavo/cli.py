@@ -61,6 +61,7 @@ _SERVER_FIELDS: dict[str, dict[str, Any]] = {
     "ssl_keyfile_password": {"metavar": "TEXT", "help": "of the key"},
     "ssl_ca_certs": {**_PATH, "help": "authorities; clients then need a certificate of theirs"},
     "allowed_origin": {**_MANY, "metavar": "URL", "help": "pages of this origin may call the API; may be repeated"},
+    "max_connections": {"type": int, "metavar": "N", "help": "open at a time; more get 503 (default 8192)"},
     "max_queue": {"type": int, "metavar": "N", "help": "sequences that may wait before 429 (default 1024)"},
     "max_body": {"type": memory_size, "metavar": "SIZE", "help": "of a request (default 8MiB)"},
     "max_prompts": {"type": int, "metavar": "N", "help": "prompts in one request (default 256)"},

@@ -17,7 +17,7 @@ from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo.server.app import build_app
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, unavailable
 from octavo.server.guards import MAX_HEAD, head_too_large
 from octavo.server.service import Service
 from octavo.server.settings import ServerSettings
@@ -28,8 +28,9 @@ LAST_WORDS = 5.0  # seconds for the ended streams to say why
 
 
 class _Config(Config):
-    """Uvicorn's, with two more limits."""
+    """Uvicorn's, with more limits."""
 
+    max_connections: int
     header_timeout: float  # seconds
     send_timeout: float  # seconds
 
@@ -47,8 +48,12 @@ class _Protocol(H11Protocol):
             milliseconds = round(1000 * self.config.send_timeout)
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self._await_head()
+        if len(self.connections) > self.config.max_connections:
+            self._last_answer(unavailable(f"{self.config.max_connections} connections are open, which is the limit"))
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._await_head()
@@ -62,12 +67,15 @@ class _Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP, or the endless beginning of it, gets an error of the same shape as all others, too."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else in the middle, or behind, an answer
-            received, _ = self.conn.trailing_data
-            error = head_too_large() if len(received) > MAX_HEAD else ApiError(400, "expected HTTP/1.1")
+        received, _ = self.conn.trailing_data
+        self._last_answer(head_too_large() if len(received) > MAX_HEAD else ApiError(400, "expected HTTP/1.1"))
+
+    def _last_answer(self, error: ApiError) -> None:
+        """Closes the connection with an error, where no answer is under way."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = error.json()
             fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
-            head = h11.Response(status_code=error.status, headers=[*fields.items()])
+            head = h11.Response(status_code=error.status, headers=[*(error.headers | fields).items()])
             events = (head, h11.Data(data=body), h11.EndOfMessage())
             self.transport.write(b"".join([self.conn.send(event) or b"" for event in events]))
         self.transport.close()
@@ -193,6 +201,7 @@ def make_server(settings: ServerSettings, options: dict[str, Any]) -> OctavoServ
         lifespan="off",
     )
     config.header_timeout, config.send_timeout = settings.header_timeout, settings.send_timeout
+    config.max_connections = settings.max_connections
     return OctavoServer(config, service)
 
 

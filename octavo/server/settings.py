@@ -11,6 +11,7 @@ class ServerSettings:
     root_path: the prefix that a proxy in front of us takes away.
     ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs: for HTTPS; with ca_certs, clients need a certificate.
     allowed_origins: pages of these origins may call the API (CORS); none by default.
+    max_connections: open at a time; those beyond get 503 and are closed.
     max_queue: sequences that may wait beyond those that a step can hold, before 429.
     max_body: bytes of a request's body. max_prompts: prompts in one request.
     header_timeout, body_timeout: seconds for a client to send its head, then its body. idle_timeout: seconds that a
@@ -30,6 +31,7 @@ class ServerSettings:
     ssl_keyfile_password: str | None = None
     ssl_ca_certs: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    max_connections: int = 8192
     max_queue: int = 1024
     max_body: int = 8 << 20
     max_prompts: int = 256
@@ -49,7 +51,7 @@ class ServerSettings:
             value = getattr(self, field.name)
             if field.name.endswith("_timeout") and not value > 0:
                 raise ValueError(f"{field.name}: expected seconds above 0, got {value}")
-        for name, least in (("max_queue", 0), ("max_body", 1024), ("max_prompts", 1)):
+        for name, least in (("max_connections", 1), ("max_queue", 0), ("max_body", 1024), ("max_prompts", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if any(len(key) < 8 or not key.isascii() or not key.isprintable() for key in self.api_keys):

@@ -93,6 +93,14 @@ def test_02_nothing_to_answer(server, path, body):
 
 
 @pytest.mark.usefixtures("neighbour")
+def test_02_a_beginning_alone_can_be_continued(server):
+    """A prompt of nothing but the special token that stands between texts."""
+    answer = server.complete([256], max_tokens=4, ignore_eos=True)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.usefixtures("neighbour")
 @pytest.mark.parametrize("token", [-1, 10**6, 2**31, 2**63, 2**64, 1.5, True, "x"])
 @pytest.mark.parametrize("path", ["/v1/completions", "/detokenize"])
 def test_03_token_ids_that_do_not_exist(server, token, path):
@@ -282,6 +290,23 @@ def test_09_a_thousand_idle_connections_cost_little(command):
         assert seconds() - used < 0.1
         assert httpx.post(f"{url}/v1/completions", json=NEIGHBOUR, timeout=10).status_code == 200
         assert all(map(ask, idle))
+
+
+def test_09_connections_are_counted(serve):
+    """Those beyond the limit are told so; the others go on; room comes back with the first that leaves."""
+    server = serve(max_connections=20)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(server.service_address, timeout=5)) for _ in range(20)]
+        with socket.create_connection(server.service_address, timeout=5) as more:
+            answer = b"".join(iter(lambda: more.recv(1 << 16), b""))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 2" in answer.lower()
+        assert b"which is the limit" in answer
+        idle[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert idle[0].recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        idle[1].close()
+        server.wait(lambda: len(server.server.server_state.connections) < 20, "it has left", 5)
+        assert server.get("/health").status_code == 200
 
 
 @pytest.mark.usefixtures("neighbour")

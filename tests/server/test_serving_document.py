@@ -31,6 +31,7 @@ def test_defaults_are_those_of_the_settings():
     settings = ServerSettings()
     for name in (
         "host",
+        "max_connections",
         "max_queue",
         "max_prompts",
         "idle_timeout",

@@ -152,6 +152,8 @@ def decode_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
             n = tl.multiple_of(n, BLOCK_N)
             j = n + tl.arange(0, BLOCK_N)
             read = tl.minimum(j, length - 1)  # past the end the last key again: its page is known to be valid
+            if PAGE_SIZE > 2**15:  # a dense cache: the offset within a row may not fit into 32 bits
+                read = read.to(tl.int64)
             if PAGE_SIZE % BLOCK_N == 0:
                 page = tl.load(row_table + n // PAGE_SIZE).to(tl.int64)
                 slot = read - n // PAGE_SIZE * PAGE_SIZE

@@ -479,8 +479,6 @@ def grouped_tiles(pairs_per_expert: float) -> tuple[GroupedTile, GroupedTile]:
     """
     if pairs_per_expert <= 16:
         return GroupedTile(16, 64, 128, 4, 4), GroupedTile(16, 64, 128, 4, 4)
-    if pairs_per_expert <= 32:
-        return GroupedTile(32, 64, 128, 4, 3), GroupedTile(64, 128, 64, 4, 3)
     if pairs_per_expert <= 64:
         return GroupedTile(64, 64, 128, 4, 3), GroupedTile(64, 128, 64, 4, 3)
     return GroupedTile(128, 128, 64, 8, 3), GroupedTile(128, 256, 64, 8, 3)

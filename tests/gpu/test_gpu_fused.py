@@ -55,6 +55,18 @@ def test_norms(rows, width, dtype):
         check(ops.add_rms_norm, x, residual, weight, unit_offset=unit_offset)
 
 
+def test_rows_that_are_not_aligned_get_a_kernel_of_their_own():
+    """A compiled kernel is kept by what it was compiled for: 16-byte loads serve only pointers and strides that allow
+    them, whichever came first."""
+    weight = randn(512)
+    whole = randn(9, 1040)
+    for first_column, columns in ((0, 1024), (1, 1024), (8, 1030), (3, 1022), (0, 1024)):
+        x = whole[:, first_column : first_column + columns]
+        check(ops.gated_activation, x, "silu")
+        check(ops.rms_norm, x[:, :512], weight)
+        check(ops.add_rms_norm, x[:, :512], whole[:, :512], weight)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
 def test_gated_activation(activation):
     check(ops.gated_activation, 3 * randn(33, 2 * 3000), activation)

@@ -1,6 +1,7 @@
 """Decode over paged caches on the GPU: keys and values, latents, quantised caches; graphs, poison, repeats."""
 
 import contextlib
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -82,7 +83,8 @@ def decoders(*arguments):
 
 def check_paged(q, k, v, spec, t, hopper_too=True):
     found = decoders(q, k, v, spec, t, 0)
-    assert ("hopper.paged_decode" in found) == (hopper_too and torch.cuda.get_device_capability() == (9, 0))
+    if importlib.util.find_spec("octavo.kernels.hopper.paged_decode"):
+        assert ("hopper.paged_decode" in found) == (hopper_too and torch.cuda.get_device_capability() == (9, 0))
     k, v = (x if t.k_scale is not None else x.float() for x in (k, v))
     exact, exact_lse = reference_paged(q.float(), k, v, spec, t)
     if t.k_scale is not None:

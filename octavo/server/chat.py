@@ -184,10 +184,15 @@ class ChatAnswer:
                 logprobs = self._logprobs(piece)
                 chunks.append(ChatChunkChoice(piece.index, delta, logprobs, self._ended(piece), piece.stop_reason))
             usage = generation.usage() if every else None
-            yield b"".join(event(self._chunk([choice], usage)) for choice in chunks)
-        if options is not None and options.include_usage:
-            yield event(self._chunk([], generation.usage()))
-        yield DONE
+            end = self._end() if generation.ended else b""
+            yield b"".join([*(event(self._chunk([choice], usage)) for choice in chunks), end])
+
+    def _end(self) -> bytes:
+        """The last events of a stream."""
+        options = self._body.stream_options
+        if options is None or not options.include_usage:
+            return DONE
+        return event(self._chunk([], self._generation.usage())) + DONE
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Any = None) -> ChatChunk:
         generation = self._generation

@@ -90,12 +90,16 @@ class _Writer:
         async for index, news in generation.news():
             chunk = self._answer(self._choices(index, news))
             chunk.usage = generation.usage() if every else None
-            yield event(chunk)
-        if options is not None and options.include_usage:
-            last = self._answer([])
-            last.usage = generation.usage()
-            yield event(last)
-        yield DONE
+            yield event(chunk) + (self._end() if generation.ended else b"")  # one write for all that ends a stream
+
+    def _end(self) -> bytes:
+        """The last events of a stream."""
+        options = self._body.stream_options
+        if options is None or not options.include_usage:
+            return DONE
+        last = self._answer([])
+        last.usage = self._generation.usage()
+        return event(last) + DONE
 
     async def whole(self) -> Completion:
         """The whole answer."""

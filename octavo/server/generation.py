@@ -52,11 +52,17 @@ class Generation:
         ]
         self._index_of = {request.request_id: index for index, request in enumerate(self._requests)}
         self._num_cached_tokens = 0
+        self._num_unfinished = len(prompts)
         info.prompt_tokens = sum(map(len, prompts))
 
     @property
     def num_sequences(self) -> int:
         return len(self._requests) * self.params.n
+
+    @property
+    def ended(self) -> bool:
+        """True from the last news on."""
+        return self._num_unfinished == 0
 
     def usage(self) -> Usage:
         """So far."""
@@ -79,6 +85,7 @@ class Generation:
                             if watch.is_new(index):
                                 self._num_cached_tokens += news.num_cached_tokens
                             self._info.output_tokens += watch.see(index, news)
+                            self._num_unfinished -= news.finished
                             yield index, news
             except EngineDeadError as error:
                 raise unavailable(str(error)) from None

@@ -403,14 +403,14 @@ def others_share() -> Iterator[list[float]]:
     share.append((busy - mine) / (seconds * psutil.cpu_count()))
 
 
-def overhead(threads: int, port: int, clients: int = 64, rounds: int = 3) -> dict[str, Any]:
+def overhead(threads: int, port: int, clients: int, max_tokens: int, rounds: int) -> dict[str, Any]:
     """The served rate over the engine's own, for the same work: engine and server in turn, so that a busy moment of
     the machine hits both. Streams, one for each client, all begun at once.
 
     Twice, since the clients take the engine's processors, too: with clients that read each token as it comes, and with
     clients that read when LATE bytes have come, which cost next to nothing: the rest is the server's own."""
     url = f"http://127.0.0.1:{port}"
-    plan = Plan(url, 0, max_tokens=48, extra={"ignore_eos": True})
+    plan = Plan(url, 0, max_tokens=max_tokens, extra={"ignore_eos": True})
     rng = random.Random(clients)
     rates: dict[str, list[float]] = {"engine": [], "served": [], "served_read_late": []}
     command = octavo_command(port, "--max-model-len", "1024", "--max-num-seqs", str(clients))
@@ -501,7 +501,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         report["first_byte"] = first_byte(threads, port)
         print("   ", report["first_byte"], flush=True)
     if "overhead" in arguments.only:
-        report["overhead"] = overhead(threads, port, rounds=arguments.rounds)
+        report["overhead"] = overhead(threads, port, max(levels), arguments.max_tokens, arguments.rounds)
         print("   ", report["overhead"], flush=True)
     return report
 

@@ -1,5 +1,8 @@
-"""A tiny random model that every test of the engine shares: small enough to run in milliseconds, real in every part."""
+"""A tiny random model that every test of the engine shares: small enough to run in milliseconds, real in every part;
+and what lets many GPU tests share one GPU.
+"""
 
+import gc
 import json
 from pathlib import Path
 
@@ -9,6 +12,25 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+GPU_TEST_BYTES = 4 << 30
+
+
+@pytest.fixture(autouse=True)
+def _gpu_is_shared(request):
+    """A GPU test gives its memory back, and takes little of it unless it is in the group that runs one at a time."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    peak = torch.cuda.max_memory_allocated()
+    gc.collect()
+    torch.cuda.empty_cache()
+    group = request.node.get_closest_marker("xdist_group")
+    assert group is not None or peak <= GPU_TEST_BYTES, f'{peak} bytes: mark it pytest.mark.xdist_group("large")'
 
 
 @pytest.fixture(scope="session")

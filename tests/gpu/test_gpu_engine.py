@@ -149,14 +149,15 @@ def test_a_batch_that_shrinks_runs_on_smaller_graphs(checkpoints):
     assert together == [tokens(llm, [prompt], [p])[0] for prompt, p in zip(prompts, params, strict=True)]
 
 
+@pytest.mark.xdist_group("large")
 def test_the_default_cache_leaves_room_for_every_step(checkpoints):
     """Sized by what was measured: the fullest steps run, and the report accounts for the whole GPU."""
     directory, _ = checkpoints("qwen3")
-    free, _ = torch.cuda.mem_get_info()
-    llm = make_llm(directory, kv_cache_memory=None, kv_cache_memory_fraction=0.5, max_num_seqs=64)
+    free, total = torch.cuda.mem_get_info()
+    llm = make_llm(directory, kv_cache_memory=None, kv_cache_memory_fraction=0.2, max_num_seqs=64)
     before = llm.engine.device_memory()
     assert before.kv_cache == llm.engine.config.cache_bytes
-    assert 0.25 * free < before.kv_cache < 0.5 * free
+    assert 0.1 * free < before.kv_cache < 0.2 * total  # what is free changes: other workers share the GPU
     prompts = [[i % 290 + 3] * 200 for i in range(64)]
     tokens(llm, prompts, SamplingParams(seed=1, max_tokens=8, ignore_eos=True))
     after = llm.engine.device_memory()

@@ -169,11 +169,12 @@ def test_guidellm(long_server, long_model_dir, tmp_path):
 
 @needs("schemathesis")
 def test_schemathesis_on_every_operation(server):
-    """No 5xx, no status, content type or shape that /openapi.json does not tell."""
+    """No 5xx, no status, content type or shape that /openapi.json does not tell, in about two thousand requests. Of the
+    13 operations schemathesis leaves out the one that gives it the document."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     command = ["-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--checks", checks]
-    told = client([*command, "--max-examples", "12", "--seed", "1", "--phases", "fuzzing"])
-    assert "12 passed" in told, told[-3000:]
+    told = client([*command, "--max-examples", "12", "--seed", "1", "--phases", "coverage,fuzzing"])
+    assert "Tested: 12" in told, told[-3000:]
     server.wait_until_idle()
 
 

@@ -7,6 +7,7 @@ allocations and two launches.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
 from octavo.kernels.triton.flash_fwd import capability, contiguous_rows, lacks_fp8, num_processors
-from octavo.kernels.triton.launch import Constants, integer_key, launch
+from octavo.kernels.triton.launch import Constants, integer_key, launch, profiled
 from octavo.kernels.triton.scores import sequence
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -26,7 +27,7 @@ VARYING = [
     "batch", "parts", "max_q", "capacity", "window_left", "stride_table", "stride_lb", "stride_lh", "tokens", "rows",
     "entries",
 ]  # fmt: skip
-MAX_COMBINING = 4096  # programs, above which each combines whole rows
+MIN_COLUMNS, MAX_COMBINING = 64, 1056  # of an output that one program combines, and such programs
 _UNSUPPORTED = ("seqused_q", "leftpad_k", "qv", "alibi_slopes", "attn_bias")
 
 
@@ -137,7 +138,8 @@ def num_parts(heads: int, programs: int) -> int:
     return max(1, waves * programs // heads)
 
 
-class Launch(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Launch:
     """A kernel's launch but for its tensors: what follows from shapes, strides and options alone."""
 
     kernel: Any
@@ -146,14 +148,24 @@ class Launch(NamedTuple):
     constants: Constants
     key: Hashable
     options: dict[str, Any]
+    compiled: tuple[Any, ...] | None = None
 
     def __call__(self, *tensors: Any) -> None:
         """Launch on tensors (and descriptors of them), on a GPU or interpreted."""
-        arguments = (*tensors, *self.scalars)
-        if tensors[-1].is_cuda:
-            launch(self.kernel, (self.programs, 1, 1), arguments, self.constants, self.key, **self.options)
+        if not tensors[-1].is_cuda:
+            self.kernel[(self.programs,)](*tensors, *self.scalars, **dict(self.constants), **self.options)
+        elif self.compiled is None or profiled():
+            grid, arguments = (self.programs, 1, 1), (*tensors, *self.scalars)
+            run, function, metadata, values = launch(
+                self.kernel, grid, arguments, self.constants, self.key, **self.options
+            )
+            self.compiled = run, tensors[-1].get_device(), function, metadata, (*self.scalars, *values)
         else:
-            self.kernel[(self.programs,)](*arguments, **dict(self.constants), **self.options)
+            run, device, function, metadata, rest = self.compiled
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            # of an address the launcher does not ask the driver whether it is the GPU's
+            addresses = [x.data_ptr() if type(x) is Tensor else x for x in tensors]
+            run(self.programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *rest)
 
 
 class Scratch(NamedTuple):
@@ -188,19 +200,19 @@ def combine_launch(
     batch, heads, max_q, block_m = sizes
     heads_q, head_dim_v = shape[-2:]
     rows = max_q * heads_q
-    block_dv = power_of_2(head_dim_v)
-    # few rows are many pieces each, and few columns a program keep many of these in flight
-    columns = min(block_dv, 64) if scratch.notes * rows * block_dv <= MAX_COMBINING * 64 else block_dv
     entries = scratch.notes + packed
+    # a program is one warp, and there are about eight a processor: more of them cost more than they overlap
+    columns = power_of_2(head_dim_v)
+    while columns > MIN_COLUMNS and entries * rows * 2 * head_dim_v <= MAX_COMBINING * columns:
+        columns //= 2
     programs = entries * rows * -(-head_dim_v // columns)
     scalars = (*strides, batch, heads, heads_q, max_q, shape[0], rows, scratch.notes, scratch.at_lse, scratch.at_out)
     constants = (
         ("GROUP", heads_q // heads), ("HEAD_DIM_V", head_dim_v), ("BLOCK_M", block_m), ("COLUMNS", columns),
-        ("PIECES", 4096 // columns), ("BY_SEQUENCE", scratch.by_sequence), ("PDL", early),
+        ("PIECES", 2048 // columns), ("BY_SEQUENCE", scratch.by_sequence), ("PDL", early),
     )  # fmt: skip
     key = (dtype, integer_key((*strides[:2], heads, heads_q)), packed)
-    options = {"num_warps": 4, "launch_pdl": early}
-    return Launch(combine_kernel, programs, scalars, constants, key, options)
+    return Launch(combine_kernel, programs, scalars, constants, key, {"num_warps": 1, "launch_pdl": early})
 
 
 class DecodeCall(NamedTuple):

@@ -7,14 +7,24 @@ kernel's own launcher.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
 
 Constants = tuple[tuple[str, Any], ...]
 
-_compiled: dict[Hashable, Any] = {}
+
+class Compiled(NamedTuple):
+    """A compiled kernel's launcher, and what it is called with: grid, stream, function, metadata, arguments, values."""
+
+    run: Any
+    function: Any
+    metadata: Any
+    values: tuple[Any, ...]  # of the constants
+
+
+_compiled: dict[Hashable, Compiled] = {}
 
 
 def launch(
@@ -24,8 +34,8 @@ def launch(
     constants: Constants,
     key: Hashable,
     **options: Any,
-) -> None:
-    """Run `kernel` on a grid of thread blocks.
+) -> Compiled:
+    """Run `kernel` on a grid of thread blocks; returns what it was compiled to.
 
     `arguments` stand in the order of the kernel's parameters, then come the `constants`, in that order too. `key` is
     whatever else decides what is compiled: dtypes, block shapes, `pointer_key`s, `integer_key`. Integer arguments
@@ -34,15 +44,15 @@ def launch(
     device = torch.cuda.current_device()
     key = (kernel, device, constants, key)
     entry = _compiled.get(key)
-    if entry is None or _profiled():
+    if entry is None or profiled():
         assert kernel.arg_names[len(arguments) :] == [name for name, _ in constants], "constants in the kernel's order"
         compiled = kernel[grid](*arguments, **dict(constants), **options, enable_fp_fusion=True)
         values = tuple(value for _, value in constants)
-        _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, values
-        return
-    run, function, metadata, values = entry
+        _compiled[key] = entry = Compiled(compiled.run, compiled.function, compiled.packed_metadata, values)
+        return entry
     stream = torch._C._cuda_getCurrentRawStream(device)
-    run(*grid, stream, function, metadata, None, None, None, *arguments, *values)
+    entry.run(*grid, stream, entry.function, entry.metadata, None, None, None, *arguments, *entry.values)
+    return entry
 
 
 def launch_by_arguments(
@@ -78,7 +88,7 @@ def integer_key(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(1 if value == 1 else 2 * (value % 16 == 0) + 4 * (value >= 2**31) for value in values)
 
 
-def _profiled() -> bool:
+def profiled() -> bool:
     """Whether a profiler asks for what only the front end tells it."""
     hook = knobs.runtime.launch_enter_hook
     return bool(getattr(hook, "calls", hook))

@@ -59,6 +59,10 @@ class _Protocol(H11Protocol):
             self._await_head()
         else:
             self._forget_head()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.scope is not None:
             self.scope.setdefault("octavo.connection", self)  # type: ignore[typeddict-item]
 
     def connection_lost(self, exc: Exception | None) -> None:

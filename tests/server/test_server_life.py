@@ -120,6 +120,18 @@ def test_a_stream_has_the_form_of_its_http(server, version):
     assert json.loads(events[-1].removeprefix(b"data: "))["choices"][0]["finish_reason"] == "length"
 
 
+def test_requests_sent_at_once_are_answered_in_turn(server):
+    """Pipelined: a stream, a stream, and a head that is too large."""
+    body = json.dumps({"prompt": "the hen", "max_tokens": 3, "ignore_eos": True, "stream": True}).encode()
+    stream = head(len(body)) + body
+    large = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * (32 << 10) + b"\r\n\r\n"
+    with socket.create_connection(server.service_address, timeout=10) as connection:
+        connection.sendall(stream + stream + large)
+        answers = b"".join(iter(lambda: connection.recv(65536), b""))  # the last closes it
+    assert re.findall(rb"HTTP/1\.1 (\d+)", answers) == [b"200", b"200", b"431"]
+    assert answers.count(b"data: [DONE]") == 2
+
+
 # ---- a dead engine -------------------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ def seconds_after_reading(graph: torch.cuda.CUDAGraph, runs: int = 30) -> float:
     return sorted(start.elapsed_time(end) for start, end in events)[runs // 2] * 1e-3
 
 
-def eager_seconds(fn: Callable[[], object], calls: int = 200) -> float:
+def eager_seconds(fn: Callable[[], object], calls: int = 50) -> float:
     """Seconds from call to call out of Python, without waiting in between: the host's time where that is larger."""
     torch.cuda.synchronize()
     start = time.perf_counter()

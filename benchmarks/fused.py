@@ -152,14 +152,17 @@ def linear(table: Table) -> None:
 
 
 def experts(table: Table) -> None:
-    """DeepSeek-V2-Lite's; torch's side is `torch._grouped_mm` for both products, its sorting and sums in plain ops."""
+    """DeepSeek-V2-Lite's; torch's side is `torch._grouped_mm` for both products, its sorting and sums in plain ops.
+
+    Tokens are spread over all experts, or (`6 experts`) all go to the same, as where every score is equal."""
     num_experts, dim, hidden, top_k = 64, 2048, 1408, 6
     gate_up = [randn(num_experts, 2 * hidden, dim) * dim**-0.5 for _ in range(2)]
     down = [randn(num_experts, dim, hidden) * hidden**-0.5 for _ in range(2)]
     routing = Routing(top_k, "softmax", 1, 1, False, 1.0)
-    for tokens in (1, 4, 8, 16, 64, 256, 1024, 4096):
+    cases = [(tokens, 1.0) for tokens in (1, 4, 8, 16, 64, 128, 256, 512, 1024, 4096, 8192)]
+    for tokens, spread in (*cases, *((tokens, 0.0) for tokens in (16, 64, 128, 256, 512, 8192))):
         x = randn(tokens, dim)
-        weights, chosen = ops.route(randn(tokens, num_experts, dtype=torch.float32), routing)
+        weights, chosen = ops.route(spread * randn(tokens, num_experts, dtype=torch.float32), routing)
 
         def ours(i: int, x: torch.Tensor = x, w: torch.Tensor = weights, c: torch.Tensor = chosen) -> torch.Tensor:
             return ops.mix_experts(x, w, c, gate_up[i % 2], down[i % 2])
@@ -185,12 +188,14 @@ def _grouped_mm(
     return (picked * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-SAMPLING = {
-    "greedy": (0.0, 0, 1.0),
-    "temperature": (0.6, 0, 1.0),
-    "top_k 50": (1.0, 50, 1.0),
-    "top_p 0.95": (0.8, 0, 0.95),
-    "top_k 20, top_p 0.95": (0.6, 20, 0.95),
+SAMPLING = {  # temperature, top_k, top_p, standard deviation of the logits
+    "greedy": (0.0, 0, 1.0, 3),
+    "temperature": (0.6, 0, 1.0, 3),
+    "top_k 50": (1.0, 50, 1.0, 3),
+    "top_p 0.95, peaked": (0.8, 0, 0.95, 8),
+    "top_p 0.95": (0.8, 0, 0.95, 3),
+    "top_p 0.95, flat": (0.8, 0, 0.95, 1),
+    "top_k 20, top_p 0.95": (0.6, 20, 0.95, 3),
 }
 
 
@@ -198,9 +203,10 @@ def sampling(table: Table) -> None:
     """Torch's side: argmax; softmax and exponential noise; for truncation a full sort before."""
     vocab = 151936
     for rows in (1, 32, 256):
-        logits, ones = 3 * randn(rows, vocab, dtype=torch.float32), torch.ones(rows, device=DEVICE)
+        noise, ones = randn(rows, vocab, dtype=torch.float32), torch.ones(rows, device=DEVICE)
         numbers = torch.arange(rows, device=DEVICE)
-        for name, (t, k, p) in SAMPLING.items():
+        for name, (t, k, p, deviation) in SAMPLING.items():
+            logits = deviation * noise
             arguments = (ones * t, (ones * k).int(), ones * p, ones * 0, numbers, numbers)
             ours = graph_microseconds(
                 [lambda a=arguments, x=logits, c=k > 0 or p < 1: ops.sample_on_device(x, *a, truncates=c)] * 4

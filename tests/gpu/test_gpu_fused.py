@@ -148,12 +148,16 @@ def mixture(dim=512, hidden=352, num_experts=16, top_k=4):
     )
 
 
+@pytest.mark.parametrize("crowded", [False, True], ids=["spread", "all to the same"])
 @pytest.mark.parametrize("tokens", [1, 3, 12, 13, 40, 100, 300, 1000])
-def test_mixture_of_experts(tokens):
+def test_mixture_of_experts(tokens, crowded):
     """From products of vectors to the largest tiles; equal bits on a second run."""
     experts = mixture().experts
     x, shared = randn(tokens, 512), randn(tokens, 512)
-    weights, chosen = ops.route(randn(tokens, 16, dtype=torch.float32), Routing(4, "softmax", 1, 1, False, 1.0))
+    logits = randn(tokens, 16, dtype=torch.float32)
+    if crowded:
+        logits[:, 5:9] += 20
+    weights, chosen = ops.route(logits, Routing(4, "softmax", 1, 1, False, 1.0))
     tensors = experts.gate_up_proj.weight, experts.down_proj.weight
 
     def op(x, gate_up, down, shared):

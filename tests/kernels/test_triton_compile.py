@@ -220,7 +220,7 @@ def launch_fused_products():
         linear_small_batch.linear_small_batch(x, tensor(4096, 4096), None, None, None, residual, torch.bfloat16)
         linear_small_batch.linear_small_batch(x, tensor(8192, 4096), None, input_norm, "silu", None, torch.bfloat16)
     gate_up, down = tensor(64, 2 * 1408, 2048), tensor(64, 2048, 1408)
-    for tokens in (1, 32, 256, 512, 2048):
+    for tokens in (1, 32, 256, 2048):
         x, weights = tensor(tokens, 2048), tensor(tokens, 6, dtype=torch.float32)
         moe.mix_experts(x, weights, tensor(tokens, 6, dtype=torch.int64), gate_up, down, "silu", x)
 
@@ -263,10 +263,10 @@ def test_the_sampler_compiles(monkeypatch, tmp_path):
     calls = fused_launches(monkeypatch, early=True)
     rows = [tensor(9, dtype=dtype) for dtype in (torch.float32, torch.int32, *[torch.float32] * 2, *[torch.int64] * 2)]
     sampling.sample_on_device(tensor(9, 151936, dtype=torch.float32), *rows, True)
-    assert len(calls) == 4
-    for launch in calls:
+    assert len(calls) == 6 + sampling.PASSES - 1
+    for launch in {launch[0]: launch for launch in calls}.values():
         sass, stack = inspect(compile_launch(launch, SM90), tmp_path / "kernel.cubin")
-        assert "LDG.E.128" in sass or launch[0].__name__ == "finish_kernel"
+        assert "LDG.E.128" in sass or launch[0].__name__ in ("truncate_kernel", "best_kernel")
         assert stack <= 64  # a few scalars, outside of the loops over the vocabulary
 
 

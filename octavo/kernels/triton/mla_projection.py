@@ -154,9 +154,10 @@ def project_values(x: Tensor, up_v: Tensor) -> Tensor:
     """x (T, H, R), up_v (H, v, R) → (T, H, v)."""
     tokens, num_heads, rank = x.shape
     width = up_v.shape[1]
-    if tokens > MOST_TOKENS or (x.dtype == torch.float32 and x.is_cuda):
-        return torch.bmm(x.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
     out = torch.empty((tokens, num_heads, width), dtype=x.dtype, device=x.device)
+    if tokens > MOST_TOKENS or (x.dtype == torch.float32 and x.is_cuda):
+        torch.bmm(x.transpose(0, 1), up_v.transpose(1, 2), out=out.transpose(0, 1))
+        return out
     if tokens:
         block_n = 16
         early = early_launch_options(x.device)["PDL"]

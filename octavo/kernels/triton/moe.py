@@ -4,6 +4,10 @@ A *pair* is one (token, expert) choice, numbered token · k + place. Few pairs: 
 own, so nothing is sorted and every needed weight is read once. Many: `sort_kernel` lists the pairs by expert, and each
 program of the grouped products finds its tile in the experts' offsets, so the grid depends on shapes only and a CUDA
 graph can replay it for other choices. Sums are in a fixed order: same input, same bits.
+
+Two sorts of tile serve the grouped products: small ones, as fast as the weights can be read, where the experts in use
+have few rows each; large ones, as fast as can be multiplied, where they have many. 256 tokens may be either, by how the
+router spreads them, which only the device knows: then both are launched, and the programs of the wrong one leave.
 """
 
 from typing import NamedTuple
@@ -108,12 +112,31 @@ def sort_kernel(experts, order, offsets, pairs, NUM_EXPERTS: tl.constexpr, PDL: 
 
 
 @triton.jit
-def _find_tile(tile, offsets, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(expert, first row, end of rows) of the tile; expert == NUM_EXPERTS when there is no such tile."""
+def _place(max_tiles, columns, GROUP: tl.constexpr):
+    """(tile, column) of this program: all columns of GROUP tiles, then those of the next, so that what runs at a time
+    finds its rows and weights in the L2 cache."""
+    program = tl.program_id(0)
+    first = program // (GROUP * columns) * GROUP
+    size = tl.minimum(max_tiles - first, GROUP)
+    place = program % (GROUP * columns)
+    return first + place % size, place // size
+
+
+@triton.jit
+def _find_tile(
+    tile, offsets, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, ONLY: tl.constexpr,
+    FEW_ROWS: tl.constexpr,
+):  # fmt: skip
+    """(expert, first row, end of rows) of the tile; expert == NUM_EXPERTS when there is no such tile. ONLY "few", or
+    "many": nor is there any unless the experts in use have at most FEW_ROWS each on average, or more."""
     e = tl.arange(0, BLOCK_E)
     start = tl.load(offsets + e, mask=e < NUM_EXPERTS, other=0)
     end = tl.load(offsets + e + 1, mask=e < NUM_EXPERTS, other=0)
     tiles = tl.cdiv(end - start, BLOCK_M)
+    if ONLY is not None:
+        in_use = tl.sum((end > start).to(tl.int32), 0)
+        few = tl.max(end, 0) <= FEW_ROWS * in_use
+        tiles = tl.where(few == (ONLY == "few"), tiles, 0)
     through = tl.cumsum(tiles, 0)
     expert = tl.sum(((through <= tile) & (e < NUM_EXPERTS)).to(tl.int32), 0)
     mine = e == expert
@@ -125,16 +148,17 @@ def _find_tile(tile, offsets, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, 
 def grouped_gate_up_kernel(
     x, weight, order, offsets, out, width, hidden, stride_x, max_tiles,
     TOP_K: tl.constexpr, KIND: tl.constexpr, NUM_EXPERTS: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONLY: tl.constexpr, FEW_ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """act(gate)·up of BLOCK_M sorted pairs of one expert, BLOCK_N columns: x (T, width), weight (E, 2·hidden, width),
     out (pairs, hidden) in sorted order."""
-    tile = tl.program_id(0) % max_tiles
-    n = tl.program_id(0) // max_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, column = _place(max_tiles, tl.cdiv(hidden, BLOCK_N), GROUP)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    expert, first, end = _find_tile(tile, offsets, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    expert, first, end = _find_tile(tile, offsets, NUM_EXPERTS, BLOCK_E, BLOCK_M, ONLY, FEW_ROWS)
     if expert < NUM_EXPERTS:
         row = first + tl.arange(0, BLOCK_M)
         pair = tl.load(order + row, mask=row < end, other=0)
@@ -159,17 +183,17 @@ def grouped_gate_up_kernel(
 @triton.jit(do_not_specialize=["max_tiles"])
 def grouped_down_kernel(
     x, weight, order, offsets, out, width, rows, max_tiles,
-    NUM_EXPERTS: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, PDL: tl.constexpr, BLOCK_E: tl.constexpr, ONLY: tl.constexpr, FEW_ROWS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M sorted pairs of one expert, BLOCK_N columns: x (pairs, width) sorted, weight (E, rows, width), out
     (pairs, rows) in the pairs' own order."""
-    tile = tl.program_id(0) % max_tiles
-    n = tl.program_id(0) // max_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, column = _place(max_tiles, tl.cdiv(rows, BLOCK_N), GROUP)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    expert, first, end = _find_tile(tile, offsets, NUM_EXPERTS, BLOCK_E, BLOCK_M)
+    expert, first, end = _find_tile(tile, offsets, NUM_EXPERTS, BLOCK_E, BLOCK_M, ONLY, FEW_ROWS)
     if expert < NUM_EXPERTS:
         row = first + tl.arange(0, BLOCK_M)
         k = tl.arange(0, BLOCK_K)
@@ -413,30 +437,28 @@ def _mix_grouped(
     early = early_launch_options(x.device)["PDL"]
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
-    block = min(triton.next_power_of_2(pairs), 2048)
-    constants = (("NUM_EXPERTS", num_experts), ("PDL", early), ("BLOCK", block))
+    constants = (("NUM_EXPERTS", num_experts), ("PDL", early), ("BLOCK", 2048))
     arguments = (experts, order, offsets, pairs)
     launch_by_arguments(sort_kernel, (num_experts, 1, 1), arguments, constants, launch_pdl=early)
     h = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
     y = torch.empty((pairs, dim), dtype=x.dtype, device=x.device)
     out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
-    block_e = triton.next_power_of_2(num_experts)
-    gate_up_tile, down_tile = grouped_tiles(pairs / num_experts)
-    tiles = most_tiles(pairs, num_experts, gate_up_tile.block_m)
-    launch_by_arguments(
-        grouped_gate_up_kernel, (tiles * triton.cdiv(hidden, gate_up_tile.block_n), 1, 1),
-        (x, gate_up, order, offsets, h, dim, hidden, x.stride(0), tiles),
-        (("TOP_K", top_k), ("KIND", activation), ("NUM_EXPERTS", num_experts), ("PDL", early), ("BLOCK_E", block_e),
-         *gate_up_tile.blocks()),
-        launch_pdl=early, **gate_up_tile.options(),
-    )  # fmt: skip
-    tiles = most_tiles(pairs, num_experts, down_tile.block_m)
-    launch_by_arguments(
-        grouped_down_kernel, (tiles * triton.cdiv(dim, down_tile.block_n), 1, 1),
-        (h, down, order, offsets, y, hidden, dim, tiles),
-        (("NUM_EXPERTS", num_experts), ("PDL", early), ("BLOCK_E", block_e), *down_tile.blocks()),
-        launch_pdl=early, **down_tile.options(),
-    )  # fmt: skip
+    common = (("NUM_EXPERTS", num_experts), ("PDL", early), ("BLOCK_E", triton.next_power_of_2(num_experts)))
+    for only, tile, _ in (sorts := grouped_tiles(tokens, pairs / num_experts)):
+        tiles = most_tiles(pairs, num_experts, tile.block_m)
+        launch_by_arguments(
+            grouped_gate_up_kernel, (tiles * triton.cdiv(hidden, tile.block_n), 1, 1),
+            (x, gate_up, order, offsets, h, dim, hidden, x.stride(0), tiles),
+            (("TOP_K", top_k), ("KIND", activation), *common, ("ONLY", only), *tile.blocks()),
+            launch_pdl=early, **tile.options(),
+        )  # fmt: skip
+    for only, _, tile in sorts:
+        tiles = most_tiles(pairs, num_experts, tile.block_m)
+        launch_by_arguments(
+            grouped_down_kernel, (tiles * triton.cdiv(dim, tile.block_n), 1, 1),
+            (h, down, order, offsets, y, hidden, dim, tiles), (*common, ("ONLY", only), *tile.blocks()),
+            launch_pdl=early, **tile.options(),
+        )  # fmt: skip
     launch_by_arguments(
         combine_kernel, (tokens, triton.cdiv(dim, 1024), 1),
         (y, weights, shared, out, dim, 0 if shared is None else shared.stride(0)),
@@ -458,7 +480,11 @@ class GroupedTile(NamedTuple):
     num_stages: int
 
     def blocks(self) -> Constants:
-        return ("BLOCK_M", self.block_m), ("BLOCK_N", self.block_n), ("BLOCK_K", self.block_k)
+        """The kernels' last constants, in their order."""
+        return (
+            ("FEW_ROWS", FEW_ROWS), ("GROUP", 12),
+            ("BLOCK_M", self.block_m), ("BLOCK_N", self.block_n), ("BLOCK_K", self.block_k),
+        )  # fmt: skip
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -470,15 +496,21 @@ PAIR_GATE_UP_TILE = (8, 512, 4)
 PAIR_DOWN_TILE = (8, 512, 4)
 
 
-def grouped_tiles(pairs_per_expert: float) -> tuple[GroupedTile, GroupedTile]:
-    """Of the gate-up and the down product.
+FEW_ROWS = 64  # of each expert in use, on average
+FEW = GroupedTile(32, 64, 128, 4, 3), GroupedTile(64, 128, 64, 4, 3)  # of the gate-up and the down product
+MANY = GroupedTile(128, 128, 64, 8, 4), GroupedTile(128, 256, 64, 8, 3)
 
-    µs on an H100 of all kernels beside the floor of memory or 700 TFLOP/s, DeepSeek-V2-Lite's 64 experts, at 3, 12,
-    24, 48, 96, 384 and 768 pairs an expert: 370 / 355, 394 / 367, 406 / 367, 438 / 367, 500 / 367, 1122 / 607,
-    1982 / 1215.
+
+def grouped_tiles(tokens: int, pairs_per_expert: float) -> list[tuple[str | None, GroupedTile, GroupedTile]]:
+    """Which tiles to launch, each with when its programs stay: an expert in use has on average `pairs_per_expert` rows
+    at least, where the tokens are spread over all, and `tokens` at most.
+
+    µs on an H100 of both products, few / many, beside the floor, DeepSeek-V2-Lite's experts (2026-11-24, Triton 3.6):
+    tokens spread over all 64, 64: 388 / 505, 367; 256: 398 / 520, 367; 512: 440 / 479, 367; 2048: 1056 / 602, 367;
+    all to the same 6, 64: 58 / 76, 34; 128: 73 / 58, 34; 256: 118 / 64, 38; 512: 210 / 106, 76.
     """
-    if pairs_per_expert <= 16:
-        return GroupedTile(16, 64, 128, 4, 4), GroupedTile(16, 64, 128, 4, 4)
-    if pairs_per_expert <= 64:
-        return GroupedTile(64, 64, 128, 4, 3), GroupedTile(64, 128, 64, 4, 3)
-    return GroupedTile(128, 128, 64, 8, 3), GroupedTile(128, 256, 64, 8, 3)
+    if tokens <= FEW_ROWS:
+        return [(None, *FEW)]
+    if pairs_per_expert > FEW_ROWS:
+        return [(None, *MANY)]
+    return [("few", *FEW), ("many", *MANY)]

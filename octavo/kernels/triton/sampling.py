@@ -1,16 +1,19 @@
 """Tokens drawn on the device without a host read; nothing is sorted.
 
 A row that does not truncate is one pass: the largest logit / T − log(exponential noise), which is a draw from the
-softmax (Gumbel-max). One that does looks for the lowest logit it keeps, first: the largest threshold at which the kept
-entries are still enough, by count (top_k) or by mass (top_p). Eight thresholds near the largest logit are weighed in
-one pass; the entries above the tightest that is enough, if at most `CAPACITY`, are gathered, and the search goes on
-among these, else in the whole row. Entries equal to the threshold are all kept.
+softmax (Gumbel-max). One that does needs the lowest logit it keeps, first: the largest threshold at which the kept
+entries are still enough, by count (top_k) or by mass (top_p). It lies in a *bracket*: at `low` there is enough, at
+`high` there is not. One pass weighs eight thresholds near the largest logit; where more than `CAPACITY` entries are at
+or above `low`, others weigh eight within the bracket. Then the entries at or above `low`, or if these are too many
+those of the bracket alone, are gathered, and the search ends among them; if even these are too many, in the whole row.
+The token is drawn from what was gathered, or in another pass over the row. Entries equal to the threshold are all kept.
 
-A program does a whole row. Where rows are few, `PARTS` programs share each, pass by pass: one launch for the largest
-logit (or the draw), one each to weigh, to gather and to finish; rows without truncation skip the middle.
+`PARTS` programs share each row, pass by pass; a kernel's programs leave at once where a row has no need of it.
 
 Noise is a hash of (seed, position, token), the same in the reference.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -19,10 +22,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
+from octavo.kernels.triton.launch import launch_by_arguments
 
 CAPACITY = 8192
-FEW_ROWS = 32  # up to which a row that does not truncate is shared by PARTS programs; only two kernels to compile
 PARTS = 16
+SPLITS = 8  # thresholds weighed in one pass
+PASSES = 3  # at most, with thresholds nine times as close each time
+BLOCK = 2048
 
 
 @triton.jit
@@ -125,12 +131,15 @@ def _weigh(source, first, count, thresholds, top, inverse_t, floor, SPLITS: tl.c
 
 @triton.jit
 def _lowest_kept(
-    source, count, low, top, inverse_t, wanted, BY_MASS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A threshold that keeps what the largest one with at least `wanted` at or above it keeps; at `low` there is."""
+    source, count, low, high, above, inverse_t, top, wanted, BY_MASS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A threshold in [low, high) that keeps what the largest one with at least `wanted` keeps; `above`: what is at or
+    above high and not in source. At low there is enough, at high there is not."""
     j = tl.arange(0, SPLITS) + 1
-    high = top + tl.abs(top) * 1e-6 + 1e-30  # nothing is at or above it
     floor = low
+    number_low = tl.full((), 3.0e38, tl.float32)
+    number_high = tl.full((), -1.0, tl.float32)
     middle = low + (high - low) * 0.5
     rounds = 0
     while (middle > low) & (middle < high) & (rounds < 64):
@@ -138,13 +147,12 @@ def _lowest_kept(
         thresholds = low + step * j.to(tl.float32)
         number, mass, _ = _weigh(source, 0, count, thresholds, top, inverse_t, floor, SPLITS, BLOCK)
         weight = mass if BY_MASS else number
-        enough = weight >= wanted
+        enough = weight + above >= wanted
         new_low = tl.max(tl.where(enough, thresholds, low), 0)
         new_high = tl.min(tl.where(enough, high, thresholds), 0)
-        if not BY_MASS:
-            exact = tl.max(((number == wanted) & enough).to(tl.int32), 0)
-            rounds = tl.where(exact > 0, 64, rounds)
-        stuck = (new_low == low) & (new_high == high)
+        number_low = tl.min(tl.where(enough, number, number_low), 0)
+        number_high = tl.max(tl.where(enough, number_high, number), 0)
+        stuck = ((new_low == low) & (new_high == high)) | (number_low <= number_high + 1.0)  # one entry is left
         rounds = tl.where(stuck, 64, rounds + 1)
         low = new_low
         high = new_high
@@ -153,27 +161,31 @@ def _lowest_kept(
 
 
 @triton.jit
-def _gather(source, first, count, threshold, to_x, to_ids, BLOCK: tl.constexpr):
-    """Writes the entries at or above the threshold and their tokens, in order."""
+def _gather(source, first, count, low, high, to_x, to_ids, BLOCK: tl.constexpr):
+    """Writes the entries in [low, high) and their tokens, in order."""
     i = tl.arange(0, BLOCK)
     written = tl.zeros((), tl.int32)
     following = _entries(source, first, i, count)
     for start in range(first, count, BLOCK):
         x = following
         following = _entries(source, start + BLOCK, i, count)
-        kept = (x >= threshold) & (start + i < count)
+        kept = (x >= low) & (x < high) & (start + i < count)
         number = kept.to(tl.int32)
         if tl.max(number, 0) > 0:
             at = written + tl.cumsum(number, 0) - number
             tl.store(to_x + at, x.to(to_x.dtype.element_ty), mask=kept)
             tl.store(to_ids + at, start + i, mask=kept)
             written += tl.sum(number, 0)
-    return written
 
 
 @triton.jit
-def _parameters(r, temperature, top_k, top_p, min_p, vocab):
-    """(T, 1 / T, top_k, top_p, min_p, whether the row truncates) of row r; a greedy row does not."""
+def _begin(logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, PDL: tl.constexpr):
+    """Of this program's row: its number, its logits, the first entry and the end of this program's part, T, 1 / T,
+    top_k, top_p, min_p, and whether it truncates; a greedy row does not."""
+    r = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     t = tl.load(temperature + r)
     k = tl.load(top_k + r)
     k = tl.where((k <= 0) | (k > vocab), vocab, k)
@@ -181,205 +193,248 @@ def _parameters(r, temperature, top_k, top_p, min_p, vocab):
     least = tl.load(min_p + r)
     greedy = t < 1e-5
     inverse_t = tl.where(greedy, 1.0, 1.0 / tl.maximum(t, 1e-5))
-    return t, inverse_t, k, p, least, ((k < vocab) | (p < 1.0) | (least > 0.0)) & (t >= 1e-5)
+    truncates = ((k < vocab) | (p < 1.0) | (least > 0.0)) & (t >= 1e-5)
+    first = tl.program_id(1) * part_size
+    return r, logits + r * stride, first, tl.minimum(first + part_size, vocab), t, inverse_t, k, p, least, truncates
 
 
 @triton.jit
-def _thresholds(top, bottom, t, least, SPLITS: tl.constexpr):
-    """(lowest logit that min_p allows, SPLITS thresholds from there to the largest logit)."""
-    floor = bottom
+def _thresholds(r, part_tops, part_bottoms, t, least, PARTS: tl.constexpr, SPLITS: tl.constexpr):
+    """(largest logit, lowest that min_p allows, SPLITS thresholds between)."""
+    i = tl.arange(0, PARTS)
+    top = tl.max(tl.load(part_tops + r * PARTS + i), 0)
+    floor = tl.min(tl.load(part_bottoms + r * PARTS + i), 0)
     if least > 0.0:
         floor = tl.maximum(floor, top + t * tl.log(least))
     j = tl.arange(0, SPLITS).to(tl.float32)
-    return floor, tl.maximum(top - tl.maximum(t, 0.5) * 0.3 * (j + 1.0) * (j + 2.0), floor)
+    return top, floor, tl.maximum(top - tl.maximum(t, 0.5) * 0.3 * (j + 1.0) * (j + 2.0), floor)
 
 
 @triton.jit
-def _tightest(number, mass, total, thresholds, floor, k, p, vocab, CAPACITY: tl.constexpr):
-    """The largest threshold above which there is enough, and not too much to gather; −inf if there is none."""
-    enough = tl.where(k < vocab, number >= k.to(tl.float32), mass >= p * total) | (thresholds <= floor)
-    return tl.max(tl.where(enough & (number <= CAPACITY), thresholds, float("-inf")), 0)
-
-
-@triton.jit
-def sample_kernel(
-    logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, part_tops, part_bottoms, part_tokens, scratch,
-    scratch_ids, vocab, part_size, stride, PARTS: tl.constexpr,
-    CAPACITY: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEARCH: tl.constexpr,
+def _narrow(
+    low, high, part_low, part_high, above, weights, thresholds, by_count, wanted, floor,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Part `pid 1` of row `pid 0` of logits (N, vocab). One part: the token. More: the best of the part, or its range
-    where the row truncates; part_… (N, PARTS). scratch (N, CAPACITY) of logits' dtype, scratch_ids int32."""
-    r = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    row = logits + r * stride
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    t, inverse_t, k, p, least, truncates = _parameters(r, temperature, top_k, top_p, min_p, vocab)
-    key_a, key_b = _row_keys(tl.load(seeds + r), tl.load(positions + r))
-    first = part * part_size
-    end = tl.minimum(first + part_size, vocab)
-    token = tl.full((), 0, tl.int32)
-    score = tl.full((), 0.0, tl.float32)
-    if not truncates:
-        score, token = _draw(
-            row, scratch_ids, False, first, end, inverse_t, float("-inf"), key_a, key_b, t >= 1e-5, BLOCK
-        )  # fmt: skip
-    elif PARTS == 1:
-        token = _draw_truncated(
-            row, scratch + r * CAPACITY, scratch_ids + r * CAPACITY, vocab, t, inverse_t, k, p, least, key_a, key_b,
-            CAPACITY, SPLITS, BLOCK, BLOCK_SEARCH,
-        )  # fmt: skip
-    else:
-        score, bottom = _range(row, first, end, BLOCK)
-        tl.store(part_bottoms + r * PARTS + part, bottom)
-    if PARTS == 1:
-        tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
-    else:
-        tl.store(part_tops + r * PARTS + part, score)
-        tl.store(part_tokens + r * PARTS + part, token)
-
-
-@triton.jit
-def _draw_truncated(
-    row, found, ids, vocab, t, inverse_t, k, p, least, key_a, key_b,
-    CAPACITY: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SEARCH: tl.constexpr,
-):  # fmt: skip
-    """A token of one row (vocab,); found and ids (CAPACITY,) are room for its likely entries."""
-    top, bottom = _range(row, 0, vocab, BLOCK)
-    floor, thresholds = _thresholds(top, bottom, t, least, SPLITS)
-    number, mass, total = _weigh(row, 0, vocab, thresholds, top, inverse_t, floor, SPLITS, BLOCK_SEARCH)
-    tightest = _tightest(number, mass, total, thresholds, floor, k, p, vocab, CAPACITY)
-    source = row
-    count = vocab
-    gathered = False
-    if tightest > float("-inf"):
-        count = _gather(row, 0, vocab, tightest, found, ids, BLOCK_SEARCH)
-        tl.debug_barrier()  # what other threads wrote is read next
-        floor = tightest
-        source = found
-        gathered = True
-    floor = _truncate(source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS, BLOCK_SEARCH)
-    _, token = _draw(source, ids, gathered, 0, count, inverse_t, floor, key_a, key_b, True, BLOCK_SEARCH)
-    return token
-
-
-@triton.jit
-def _range_of_parts(r, part_tops, part_bottoms, PARTS: tl.constexpr):
-    i = tl.arange(0, PARTS)
-    top = tl.max(tl.load(part_tops + r * PARTS + i), 0)
-    return top, tl.min(tl.load(part_bottoms + r * PARTS + i), 0)
-
-
-@triton.jit
-def _weights_of_parts(r, part_weights, PARTS: tl.constexpr, SPLITS: tl.constexpr):
-    """(number of each part and threshold, their sums, masses, mass of all)."""
-    at = part_weights + (r * PARTS + tl.arange(0, PARTS)[:, None]) * (3 * SPLITS) + tl.arange(0, SPLITS)[None, :]
+    """The bracket after a pass weighed `thresholds`: (low, high, entries of each part at or above low, and high, number
+    or mass at or above high). weights (PARTS, 3, SPLITS)."""
+    at = weights + tl.arange(0, PARTS)[:, None] * (3 * SPLITS) + tl.arange(0, SPLITS)[None, :]
     numbers = tl.load(at)
-    total = tl.max(tl.sum(tl.load(at + 2 * SPLITS), 0), 0)
-    return numbers, tl.sum(numbers, 0), tl.sum(tl.load(at + SPLITS), 0), total
+    weight = tl.where(by_count, tl.sum(numbers, 0), tl.sum(tl.load(at + SPLITS), 0))
+    enough = (weight >= wanted) | (thresholds <= floor)
+    new_low = tl.max(tl.where(enough, thresholds, low), 0)
+    new_high = tl.min(tl.where(enough, high, thresholds), 0)
+    is_low = enough & (thresholds == new_low)
+    is_high = (thresholds == new_high) & (enough == 0)
+    if tl.max(is_low.to(tl.int32), 0) > 0:
+        part_low = tl.max(tl.where(is_low[None, :], numbers, 0.0), 1)
+    if tl.max(is_high.to(tl.int32), 0) > 0:
+        part_high = tl.max(tl.where(is_high[None, :], numbers, 0.0), 1)
+        above = tl.max(tl.where(is_high, weight, 0.0), 0)
+    return new_low, new_high, part_low, part_high, above
 
 
 @triton.jit
-def weigh_part_kernel(
-    logits, temperature, top_k, top_p, min_p, part_tops, part_bottoms, part_weights, vocab, part_size, stride,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """part_weights (N, PARTS, 3, SPLITS): number and mass above each threshold, and SPLITS times the mass of all."""
-    r = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    t, inverse_t, _, _, least, truncates = _parameters(r, temperature, top_k, top_p, min_p, vocab)
-    if truncates:
-        top, bottom = _range_of_parts(r, part_tops, part_bottoms, PARTS)
-        floor, thresholds = _thresholds(top, bottom, t, least, SPLITS)
-        first = part * part_size
-        end = tl.minimum(first + part_size, vocab)
-        row = logits + r * stride
-        number, mass, total = _weigh(row, first, end, thresholds, top, inverse_t, floor, SPLITS, BLOCK)
-        to = part_weights + (r * PARTS + part) * (3 * SPLITS) + tl.arange(0, SPLITS)
-        tl.store(to, number)
-        tl.store(to + SPLITS, mass)
-        tl.store(to + 2 * SPLITS, tl.zeros((SPLITS,), tl.float32) + total)
+def _within(low, high, top, SPLITS: tl.constexpr):
+    """SPLITS thresholds inside of the bracket."""
+    j = tl.arange(0, SPLITS).to(tl.float32) + 1.0
+    return low + (tl.minimum(high, top) - low) * (j / (SPLITS + 1))
 
 
 @triton.jit
-def gather_part_kernel(
-    logits, temperature, top_k, top_p, min_p, part_tops, part_bottoms, part_weights, scratch, scratch_ids, vocab,
-    part_size, stride,
-    PARTS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+def _bracket(
+    r, passes, part_weights, top, floor, thresholds, k, p, vocab,
+    PASSES: tl.constexpr, PARTS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Each part writes its entries behind those of the parts before it."""
-    r = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    t, _, k, p, least, truncates = _parameters(r, temperature, top_k, top_p, min_p, vocab)
-    if truncates:
-        top, bottom = _range_of_parts(r, part_tops, part_bottoms, PARTS)
-        floor, thresholds = _thresholds(top, bottom, t, least, SPLITS)
-        numbers, number, mass, total = _weights_of_parts(r, part_weights, PARTS, SPLITS)
-        tightest = _tightest(number, mass, total, thresholds, floor, k, p, vocab, CAPACITY)
-        if tightest > float("-inf"):
-            mine = tl.max(tl.where(thresholds[None, :] == tightest, numbers, 0.0), 1)
-            before = tl.sum(tl.where(tl.arange(0, PARTS) < part, mine, 0.0), 0).to(tl.int32)
-            first = part * part_size
-            end = tl.minimum(first + part_size, vocab)
-            at = r * CAPACITY + before
-            _gather(logits + r * stride, first, end, tightest, scratch + at, scratch_ids + at, BLOCK)
+    """The bracket after so many passes, as `_narrow` has it, and the mass of all; before the first, it holds all."""
+    by_count = k < vocab
+    weights = part_weights + r * (PASSES * PARTS * 3 * SPLITS)
+    low = floor
+    high = tl.full((), float("inf"), tl.float32)
+    part_low = tl.full((PARTS,), CAPACITY, tl.float32)  # not known: too many to gather
+    part_high = tl.zeros((PARTS,), tl.float32)
+    above = tl.zeros((), tl.float32)
+    total = tl.zeros((), tl.float32)
+    if passes > 0:
+        total = tl.sum(tl.load(weights + tl.arange(0, PARTS) * (3 * SPLITS) + 2 * SPLITS), 0)
+        wanted = tl.where(by_count, k.to(tl.float32), p * total)
+        low, high, part_low, part_high, above = _narrow(
+            low, high, part_low, part_high, above, weights, thresholds, by_count, wanted, floor, PARTS, SPLITS
+        )
+        for i in range(1, passes):
+            if tl.sum(part_low, 0) > CAPACITY:
+                low, high, part_low, part_high, above = _narrow(
+                    low, high, part_low, part_high, above, weights + i * (PARTS * 3 * SPLITS),
+                    _within(low, high, top, SPLITS), by_count, wanted, floor, PARTS, SPLITS,
+                )  # fmt: skip
+    return low, high, part_low, part_high, above, total
 
 
 @triton.jit
-def finish_kernel(
-    logits, temperature, top_k, top_p, min_p, seeds, positions, tokens, part_tops, part_bottoms, part_tokens,
-    part_weights, scratch, scratch_ids, vocab, stride,
-    PARTS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+def _to_gather(
+    r, part_weights, top, floor, thresholds, k, p, vocab,
+    PASSES: tl.constexpr, PARTS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The token of each row: of the best part, the lowest among equals, or drawn from what was gathered."""
-    r = tl.program_id(0).to(tl.int64)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    t, inverse_t, k, p, least, truncates = _parameters(r, temperature, top_k, top_p, min_p, vocab)
+    """What to gather, and where to search: (low, high, end of what is gathered, entries of each part to gather, their
+    number, 0 for too many, whether these are all from low on, number or mass above them, mass of all)."""
+    low, high, part_low, part_high, above, total = _bracket(
+        r, PASSES, part_weights, top, floor, thresholds, k, p, vocab, PASSES, PARTS, CAPACITY, SPLITS
+    )
+    whole = tl.sum(part_low, 0) <= CAPACITY
+    takes_all = whole | ((k < vocab) & (p < 1.0))  # after the count comes the mass of all that it leaves
+    parts = tl.where(takes_all, part_low, part_low - part_high)
+    number = tl.sum(parts, 0)
+    number = tl.where(number <= CAPACITY, number, 0.0).to(tl.int32)
+    end = tl.where(takes_all, float("inf"), high)
+    return low, high, end, parts, number, whole, tl.where(takes_all | (number == 0), 0.0, above), total
+
+
+@triton.jit
+def first_pass_kernel(
+    logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, seeds, positions, part_tops, part_bottoms,
+    part_tokens, PARTS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Part `pid 1` of row `pid 0` of logits (N, vocab): its best entry, or its range where the row truncates. part_…
+    (N, PARTS)."""
+    r, row, first, end, t, inverse_t, _, _, _, truncates = _begin(
+        logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, PDL
+    )
+    at = r * PARTS + tl.program_id(1)
     if truncates:
-        key_a, key_b = _row_keys(tl.load(seeds + r), tl.load(positions + r))
-        top, bottom = _range_of_parts(r, part_tops, part_bottoms, PARTS)
-        floor, thresholds = _thresholds(top, bottom, t, least, SPLITS)
-        _, number, mass, total = _weights_of_parts(r, part_weights, PARTS, SPLITS)
-        tightest = _tightest(number, mass, total, thresholds, floor, k, p, vocab, CAPACITY)
-        source = logits + r * stride
-        count = vocab
-        gathered = False
-        if tightest > float("-inf"):
-            count = tl.max(tl.where(thresholds == tightest, number, 0.0), 0).to(tl.int32)
-            floor = tightest
-            source = scratch + r * CAPACITY
-            gathered = True
-        floor = _truncate(source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS, BLOCK)
-        ids = scratch_ids + r * CAPACITY
-        _, token = _draw(source, ids, gathered, 0, count, inverse_t, floor, key_a, key_b, True, BLOCK)
+        top, bottom = _range(row, first, end, BLOCK)
+        tl.store(part_tops + at, top)
+        tl.store(part_bottoms + at, bottom)
     else:
+        key_a, key_b = _row_keys(tl.load(seeds + r), tl.load(positions + r))
+        score, token = _draw(
+            row, part_tokens, False, first, end, inverse_t, float("-inf"), key_a, key_b, t >= 1e-5, BLOCK
+        )
+        tl.store(part_tops + at, score)
+        tl.store(part_tokens + at, token)
+
+
+@triton.jit(do_not_specialize=["passes"])
+def weigh_kernel(
+    logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, part_tops, part_bottoms, part_weights, passes,
+    PASSES: tl.constexpr, PARTS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pass number `passes` over one part, if the bracket after those before has too many entries: part_weights (N,
+    PASSES, PARTS, 3, SPLITS), number and mass above each threshold, and the mass of all."""
+    r, row, first, end, t, inverse_t, k, p, least, truncates = _begin(
+        logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, PDL
+    )
+    if truncates:
+        top, floor, thresholds = _thresholds(r, part_tops, part_bottoms, t, least, PARTS, SPLITS)
+        low, high, part_low, _, _, _ = _bracket(
+            r, passes, part_weights, top, floor, thresholds, k, p, vocab, PASSES, PARTS, CAPACITY, SPLITS
+        )
+        if tl.sum(part_low, 0) > CAPACITY:
+            if passes > 0:
+                thresholds = _within(low, high, top, SPLITS)
+            number, mass, total = _weigh(row, first, end, thresholds, top, inverse_t, floor, SPLITS, BLOCK)
+            at = ((r * PASSES + passes) * PARTS + tl.program_id(1)) * (3 * SPLITS) + tl.arange(0, SPLITS)
+            tl.store(part_weights + at, number)
+            tl.store(part_weights + at + SPLITS, mass)
+            tl.store(part_weights + at + 2 * SPLITS, tl.zeros((SPLITS,), tl.float32) + total)
+
+
+@triton.jit
+def gather_kernel(
+    logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, part_tops, part_bottoms, part_weights, found,
+    found_ids, PASSES: tl.constexpr, PARTS: tl.constexpr, CAPACITY: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each part writes its entries behind those of the parts before it. found (N, CAPACITY) of logits' dtype, found_ids
+    int32."""
+    r, row, first, end, t, _, k, p, least, truncates = _begin(
+        logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, PDL
+    )
+    if truncates:
+        top, floor, thresholds = _thresholds(r, part_tops, part_bottoms, t, least, PARTS, SPLITS)
+        low, _, below, parts, number, _, _, _ = _to_gather(
+            r, part_weights, top, floor, thresholds, k, p, vocab, PASSES, PARTS, CAPACITY, SPLITS
+        )
+        if number > 0:
+            before = tl.sum(tl.where(tl.arange(0, PARTS) < tl.program_id(1), parts, 0.0), 0).to(tl.int32)
+            at = r * CAPACITY + before
+            _gather(row, first, end, low, below, found + at, found_ids + at, BLOCK)
+
+
+@triton.jit
+def truncate_kernel(
+    logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, seeds, positions, part_tops, part_bottoms,
+    part_weights, found, found_ids, floors, tokens, PASSES: tl.constexpr, PARTS: tl.constexpr, CAPACITY: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The token of a row that truncates, if all that it keeps was gathered: then floors (N,) is inf. Else floors is the
+    lowest logit that it keeps."""
+    r, row, _first, _end, t, inverse_t, k, p, least, truncates = _begin(
+        logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, PDL
+    )
+    if truncates:
+        top, floor, thresholds = _thresholds(r, part_tops, part_bottoms, t, least, PARTS, SPLITS)
+        low, high, _below, _parts, count, whole, above, total = _to_gather(
+            r, part_weights, top, floor, thresholds, k, p, vocab, PASSES, PARTS, CAPACITY, SPLITS
+        )
+        source = found + r * CAPACITY
+        if count == 0:
+            source = row
+            count = vocab
+        past_top = top + tl.abs(top) * 1e-6 + 1e-30  # nothing is at or above it
+        high = tl.minimum(high, past_top)
+        if k < vocab:
+            low = _lowest_kept(source, count, low, high, above, inverse_t, top, k.to(tl.float32), False, SPLITS, BLOCK)
+            high = past_top
+            if p < 1.0:
+                _number, _mass, total = _weigh(source, 0, count, thresholds, top, inverse_t, low, SPLITS, BLOCK)
+        if p < 1.0:
+            low = _lowest_kept(source, count, low, high, above, inverse_t, top, p * total, True, SPLITS, BLOCK)
+        if whole:
+            key_a, key_b = _row_keys(tl.load(seeds + r), tl.load(positions + r))
+            ids = found_ids + r * CAPACITY
+            _, token = _draw(source, ids, True, 0, count, inverse_t, low, key_a, key_b, True, BLOCK)
+            tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
+            low = float("inf")
+        tl.store(floors + r, low)
+
+
+@triton.jit
+def draw_truncated_kernel(
+    logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, seeds, positions, part_tops, part_tokens,
+    floors, PARTS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The best entry of each part of the rows that truncate and have no token yet."""
+    r, row, first, end, _, inverse_t, _, _, _, truncates = _begin(
+        logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, PDL
+    )
+    if truncates:
+        floor = tl.load(floors + r)
+        if floor != float("inf"):  # NaN, too
+            key_a, key_b = _row_keys(tl.load(seeds + r), tl.load(positions + r))
+            score, token = _draw(row, part_tokens, False, first, end, inverse_t, floor, key_a, key_b, True, BLOCK)
+            at = r * PARTS + tl.program_id(1)
+            tl.store(part_tops + at, score)
+            tl.store(part_tokens + at, token)
+
+
+@triton.jit
+def best_kernel(
+    logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, part_tops, part_tokens, floors, tokens,
+    PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The token of the best part, the lowest among equals, of each row that has none yet."""
+    r, _, _, _, _, _, _, _, _, truncates = _begin(
+        logits, temperature, top_k, top_p, min_p, vocab, part_size, stride, PDL
+    )
+    waits = True
+    if truncates:
+        waits = tl.load(floors + r) != float("inf")
+    if waits:
         i = tl.arange(0, PARTS)
         score = tl.load(part_tops + r * PARTS + i)
         token = tl.load(part_tokens + r * PARTS + i)
         token = tl.min(tl.where(score == tl.max(score, 0), token, 0x7FFFFFFF), 0)
-    tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
-
-
-@triton.jit
-def _truncate(source, count, k, p, floor, top, inverse_t, total, vocab, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The lowest entry that top_k, then top_p keep, of those at or above floor; total: the mass before top_k."""
-    if k < count:
-        floor = _lowest_kept(source, count, floor, top, inverse_t, k.to(tl.float32), False, SPLITS, BLOCK)
-    if p < 1.0:
-        if k < vocab:
-            j = tl.arange(0, SPLITS).to(tl.float32)
-            _, _, total = _weigh(source, 0, count, j, top, inverse_t, floor, SPLITS, BLOCK)
-        floor = _lowest_kept(source, count, floor, top, inverse_t, p * total, True, SPLITS, BLOCK)
-    return floor
+        tl.store(tokens + r, tl.minimum(token, vocab - 1).to(tl.int64))
 
 
 def refuses_sample_on_device(
@@ -400,32 +455,30 @@ def sample_on_device(
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     if rows == 0:
         return tokens
-    parts = PARTS if rows <= FEW_ROWS else 1
-    tops, bottoms = torch.empty((2, rows, parts), dtype=torch.float32, device=device)
-    part_tokens = torch.empty((rows, parts), dtype=torch.int32, device=device)
-    scratch = torch.empty((rows, CAPACITY), dtype=logits.dtype, device=device)
-    scratch_ids = torch.empty((rows, CAPACITY), dtype=torch.int32, device=device)
-    given = logits, temperature, top_k, top_p, min_p
-    part_size = triton.cdiv(triton.cdiv(vocab, parts), 16) * 16
-    sizes = vocab, part_size, logits.stride(0)
-    options = {"PARTS": parts, "SPLITS": 8, **early_launch_options(device)}
-    sample_kernel[(rows, parts)](
-        *given, seeds, positions, tokens, tops, bottoms, part_tokens, scratch, scratch_ids, *sizes,
-        CAPACITY=CAPACITY, BLOCK=8192 if parts == 1 else 4096, BLOCK_SEARCH=2048, num_warps=16, **options,
-    )  # fmt: skip
-    if parts == 1:
-        return tokens
-    weights = torch.empty((rows, parts, 3, 8), dtype=torch.float32, device=device)
+    tops, bottoms, floors = (torch.empty((rows, n), dtype=torch.float32, device=device) for n in (PARTS, PARTS, 1))
+    part_tokens = torch.empty((rows, PARTS), dtype=torch.int32, device=device)
+    part_size = triton.cdiv(triton.cdiv(vocab, PARTS), BLOCK) * BLOCK
+    given = logits, temperature, top_k, top_p, min_p, vocab, part_size, logits.stride(0)
+    early = early_launch_options(device)["PDL"]
+    grid, single = (rows, PARTS, 1), (rows, 1, 1)
+    options = {"num_warps": 4, "launch_pdl": early}
+    draw = (("PARTS", PARTS), ("PDL", early), ("BLOCK", BLOCK))
+    arguments: tuple[Any, ...] = (*given, seeds, positions, tops, bottoms, part_tokens)
+    launch_by_arguments(first_pass_kernel, grid, arguments, draw, **options)
     if truncates:
-        weigh_part_kernel[(rows, parts)](
-            *given, tops, bottoms, weights, *sizes, BLOCK=2048, num_warps=16, **options,
-        )  # fmt: skip
-        gather_part_kernel[(rows, parts)](
-            *given, tops, bottoms, weights, scratch, scratch_ids, *sizes,
-            CAPACITY=CAPACITY, BLOCK=2048, num_warps=16, **options,
-        )  # fmt: skip
-    finish_kernel[(rows,)](
-        *given, seeds, positions, tokens, tops, bottoms, part_tokens, weights, scratch, scratch_ids, vocab,
-        logits.stride(0), CAPACITY=CAPACITY, BLOCK=2048, num_warps=16, **options,
-    )  # fmt: skip
+        weights = torch.empty((rows, PASSES, PARTS, 3, SPLITS), dtype=torch.float32, device=device)
+        found = torch.empty((rows, CAPACITY), dtype=logits.dtype, device=device)
+        found_ids = torch.empty((rows, CAPACITY), dtype=torch.int32, device=device)
+        search = (("PASSES", PASSES), ("PARTS", PARTS), ("CAPACITY", CAPACITY), ("SPLITS", SPLITS), ("PDL", early))
+        in_parts, in_rows = (*search, ("BLOCK", 1024)), (*search, ("BLOCK", 2048))
+        for i in range(PASSES):
+            launch_by_arguments(weigh_kernel, grid, (*given, tops, bottoms, weights, i), in_parts, **options)
+        arguments = (*given, tops, bottoms, weights, found, found_ids)
+        launch_by_arguments(gather_kernel, grid, arguments, in_parts, **options)
+        arguments = (*given, seeds, positions, tops, bottoms, weights, found, found_ids, floors, tokens)
+        launch_by_arguments(truncate_kernel, single, arguments, in_rows, num_warps=16, launch_pdl=early)
+        arguments = (*given, seeds, positions, tops, part_tokens, floors)
+        launch_by_arguments(draw_truncated_kernel, grid, arguments, draw, **options)
+    arguments = (*given, tops, part_tokens, floors, tokens)
+    launch_by_arguments(best_kernel, single, arguments, draw[:2], num_warps=1, launch_pdl=early)
     return tokens

@@ -197,6 +197,17 @@ def test_mix_by_expert(tokens, top_k, num_experts, shared):
     check_mix(moe._mix_grouped, tokens, top_k, num_experts, shared)
 
 
+@pytest.mark.parametrize("crowded", [False, True], ids=["spread", "all to the same"])
+def test_mix_by_expert_where_only_the_device_knows_which_tiles_suit(crowded):
+    """Both are launched, and each product is computed once. The last group of tiles is smaller than the others."""
+    tokens, num_experts = 75, 18
+    assert len(moe.grouped_tiles(tokens, 2 * tokens / num_experts)) == 2
+    scores = torch.rand(tokens, num_experts)
+    if crowded:
+        scores[:, [3, 11]] += 1
+    check_mix(moe._mix_grouped, tokens, 2, num_experts, True, dim=150, hidden=140, experts=scores.topk(2).indices)
+
+
 @pytest.mark.parametrize("shared_hidden", [24, 48, 60, 7])
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_a_shared_mlp_joins_few_pairs(shared_hidden, tokens):
@@ -210,12 +221,12 @@ def test_a_shared_mlp_joins_few_pairs(shared_hidden, tokens):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def check_mix(mix, tokens, top_k, num_experts, shared):
-    dim, hidden = 40, 24
+def check_mix(mix, tokens, top_k, num_experts, shared, dim=40, hidden=24, experts=None):
     x, extra = torch.randn(tokens, dim + 8)[:, :dim], torch.randn(tokens, dim) if shared else None
     gate_up, down = torch.randn(num_experts, 2 * hidden, dim) / 6, torch.randn(num_experts, dim, hidden) / 5
     weights = torch.rand(tokens, top_k)
-    experts = torch.rand(tokens, num_experts).pow(3).topk(top_k).indices
+    if experts is None:
+        experts = torch.rand(tokens, num_experts).pow(3).topk(top_k).indices
     got = mix(x, weights, experts, gate_up, down, "silu", extra)
     expected = reference_moe.mix_experts(x, weights, experts, gate_up, down, "silu", extra)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

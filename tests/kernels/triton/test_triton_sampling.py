@@ -30,12 +30,6 @@ def expected(logits, arguments):
     return reference.sample_on_device(logits, *arguments, True)
 
 
-@pytest.fixture(params=[sampling.FEW_ROWS, 0], ids=["parts", "whole rows"], autouse=True)
-def few_rows(request, monkeypatch):
-    """Every test with rows shared by programs, and with a program for each."""
-    monkeypatch.setattr(sampling, "FEW_ROWS", request.param)
-
-
 @pytest.mark.parametrize(
     "given",
     [
@@ -83,13 +77,26 @@ def test_nan_draws_a_token_of_the_vocabulary():
         assert (ours(logits, parameters(2, **given)) < 100).all()
 
 
-def test_more_entries_than_can_be_gathered(monkeypatch):
-    """The search and the draw go over the whole row."""
-    monkeypatch.setattr(sampling, "CAPACITY", 64)
-    logits = torch.randn(2, 9000)
-    for given in ({"top_k": 300}, {"top_p": 0.9, "temperature": 2.0}):
-        arguments = parameters(2, **given)
-        assert torch.equal(ours(logits, arguments), expected(logits, arguments)), given
+@pytest.mark.parametrize(
+    ("capacity", "passes", "given"),
+    [
+        (1024, 3, {"top_p": 0.6, "min_p": 0.05}),
+        (400, 2, {"top_p": 0.5}),
+        (400, 2, {"top_k": 700}),
+        (400, 2, {"top_k": 900, "top_p": 0.7}),
+        (8, 1, {"top_p": 0.5}),
+    ],
+    ids=["passes within the bracket", "the bracket alone", "by count", "by both", "whole row"],
+)
+def test_more_entries_than_can_be_gathered(monkeypatch, capacity, passes, given):
+    """Rows of nearly even chances, so that some would draw an entry kept in error."""
+    rows = 24
+    monkeypatch.setattr(sampling, "CAPACITY", capacity)
+    monkeypatch.setattr(sampling, "PASSES", passes)
+    monkeypatch.setattr(sampling, "PARTS", 2)
+    logits = torch.randn(rows, 1500)
+    arguments = parameters(rows, temperature=5.0, **given)
+    assert torch.equal(ours(logits, arguments), expected(logits, arguments))
 
 
 def test_ties_masked_tokens_and_rows_that_do_not_fit_a_block():

@@ -7,7 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
-from octavo.kernels.triton.launch import launch_by_arguments
+from octavo.kernels.triton.launch import ceil_div, launch_by_arguments, next_power_of_2
 
 
 @triton.jit
@@ -52,10 +52,10 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     rows = gate_up if gate_up.dim() == 2 else gate_up.reshape(-1, 2 * width)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     if out.numel():
-        block = min(triton.next_power_of_2(width), 1024)
+        block = min(next_power_of_2(width), 1024)
         early = early_launch_options(out.device)["PDL"]
         launch_by_arguments(
-            gated_activation_kernel, (rows.shape[0], triton.cdiv(width, block), 1), (rows, out, rows.stride(0), width),
+            gated_activation_kernel, (rows.shape[0], ceil_div(width, block), 1), (rows, out, rows.stride(0), width),
             (("KIND", activation), ("PDL", early), ("BLOCK", block)), num_warps=4, launch_pdl=early,
         )  # fmt: skip
     return out

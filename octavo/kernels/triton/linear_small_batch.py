@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.kernels.spec import InputNorm, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
 from octavo.kernels.triton.gated_activation import activate
-from octavo.kernels.triton.launch import launch_by_arguments
+from octavo.kernels.triton.launch import ceil_div, launch_by_arguments
 from octavo.kernels.triton.norm import rms_norm
 
 
@@ -144,7 +144,7 @@ def linear_small_batch(
         norm_weight, eps, unit_offset = (None, 0.0, False) if norm is None else norm
         block_n, block_k, num_warps = gemv_tile(rows, width, activation is not None)
         launch_by_arguments(
-            gemv_kernel, (triton.cdiv(rows, block_n), 1, 1),
+            gemv_kernel, (ceil_div(rows, block_n), 1, 1),
             (x, weight, bias, norm_weight, residual, out, rows, width, eps),
             (("KIND", activation), ("UNIT_OFFSET", unit_offset), ("PDL", early), ("BLOCK_N", block_n),
              ("BLOCK_K", block_k)),
@@ -158,7 +158,7 @@ def linear_small_batch(
         block_n, block_k, num_warps, num_stages = gemv_dot_tile(rows, width, activation is not None)
         stride_r = 0 if residual is None else residual.stride(0)
         launch_by_arguments(
-            gemv_dot_kernel, (triton.cdiv(rows, block_n), 1, 1),
+            gemv_dot_kernel, (ceil_div(rows, block_n), 1, 1),
             (x, weight, bias, residual, out, batch, rows, width, x.stride(0), stride_r),
             (("KIND", activation), ("PDL", early), ("BLOCK_M", 16), ("BLOCK_N", block_n), ("BLOCK_K", block_k)),
             num_warps=num_warps, num_stages=num_stages, launch_pdl=early,

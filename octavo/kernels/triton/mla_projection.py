@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Rotary, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
-from octavo.kernels.triton.launch import launch_by_arguments
+from octavo.kernels.triton.launch import ceil_div, launch_by_arguments, next_power_of_2
 from octavo.kernels.triton.rotary_cache import rotate_and_store_latent, store_turned, turned
 
 MOST_TOKENS = 16
@@ -134,11 +134,11 @@ def absorb_and_store(
     constants = (
         ("HEADS", num_heads), ("RANK", rank), ("NOPE", width - rotary_dim), ("ROTARY", rotary_dim),
         ("INTERLEAVED", rotary.interleaved), ("PDL", early), ("BLOCK_T", 16),
-        ("BLOCK_RANK", triton.next_power_of_2(rank)),
-        ("BLOCK_NOPE", max(16, triton.next_power_of_2(width - rotary_dim))), ("BLOCK_N", block_n),
-        ("BLOCK_R", triton.next_power_of_2(rotary_dim // 2)),
+        ("BLOCK_RANK", next_power_of_2(rank)),
+        ("BLOCK_NOPE", max(16, next_power_of_2(width - rotary_dim))), ("BLOCK_N", block_n),
+        ("BLOCK_R", next_power_of_2(rotary_dim // 2)),
     )  # fmt: skip
-    grid = (num_heads + tokens, triton.cdiv(rank, block_n), 1)
+    grid = (num_heads + tokens, ceil_div(rank, block_n), 1)
     launch_by_arguments(absorb_and_store_kernel, grid, arguments, constants, num_warps=4, launch_pdl=early)
     return q_absorbed
 
@@ -162,10 +162,10 @@ def project_values(x: Tensor, up_v: Tensor) -> Tensor:
         block_n = 16
         early = early_launch_options(x.device)["PDL"]
         launch_by_arguments(
-            values_kernel, (num_heads, triton.cdiv(width, block_n), 1),
+            values_kernel, (num_heads, ceil_div(width, block_n), 1),
             (x, up_v, out, tokens, *x.stride()[:2], *up_v.stride()[:2]),
             (("HEADS", num_heads), ("RANK", rank), ("WIDTH", width), ("PDL", early), ("BLOCK_T", 16),
-             ("BLOCK_RANK", max(16, triton.next_power_of_2(rank))), ("BLOCK_N", block_n)),
+             ("BLOCK_RANK", max(16, next_power_of_2(rank))), ("BLOCK_N", block_n)),
             num_warps=4, launch_pdl=early,
         )  # fmt: skip
     return out

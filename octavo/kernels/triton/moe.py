@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from octavo.kernels.spec import Routing, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
 from octavo.kernels.triton.gated_activation import activate, gated_activation
-from octavo.kernels.triton.launch import Constants, launch_by_arguments
+from octavo.kernels.triton.launch import Constants, ceil_div, launch_by_arguments, next_power_of_2
 
 
 @triton.jit
@@ -347,14 +347,14 @@ def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor
     weights = torch.empty((tokens, routing.top_k), dtype=torch.float32, device=logits.device)
     experts = torch.empty((tokens, routing.top_k), dtype=torch.int64, device=logits.device)
     if tokens:
-        block = triton.next_power_of_2(num_experts)
+        block = next_power_of_2(num_experts)
         early = early_launch_options(logits.device)["PDL"]
         constants = (
             ("NUM_EXPERTS", num_experts), ("TOP_K", routing.top_k), ("SIGMOID", routing.scoring == "sigmoid"),
             ("NUM_GROUPS", routing.num_groups), ("TOPK_GROUPS", routing.topk_groups),
             ("NORMALISE", routing.norm_topk_prob), ("PDL", early), ("BLOCK_E", block),
-            ("BLOCK_G", triton.next_power_of_2(routing.num_groups)),
-            ("BLOCK_K", triton.next_power_of_2(routing.top_k)),
+            ("BLOCK_G", next_power_of_2(routing.num_groups)),
+            ("BLOCK_K", next_power_of_2(routing.top_k)),
         )  # fmt: skip
         arguments = (logits, bias, weights, experts, routing.scaling_factor)
         num_warps = 1 if block * routing.num_groups <= 256 else 4
@@ -406,12 +406,12 @@ def _mix_pairs(
     h = torch.empty((tokens * top_k, hidden), dtype=x.dtype, device=x.device)
     shared_hidden = hidden if shared_down is None else shared_down.shape[1]
     shared_h = None if shared_down is None else torch.empty((tokens, shared_hidden), dtype=x.dtype, device=x.device)
-    chunks = 0 if shared_down is None else tokens * triton.cdiv(shared_hidden, hidden)
+    chunks = 0 if shared_down is None else tokens * ceil_div(shared_hidden, hidden)
     out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
     early = early_launch_options(x.device)["PDL"]
     block_n, block_k, num_warps = PAIR_GATE_UP_TILE
     launch_by_arguments(
-        pair_gate_up_kernel, (chunks + tokens * top_k, triton.cdiv(hidden, block_n), 1),
+        pair_gate_up_kernel, (chunks + tokens * top_k, ceil_div(hidden, block_n), 1),
         (x, gate_up, gate_up if shared_gate_up is None else shared_gate_up, experts,
          h, h if shared_h is None else shared_h, dim, hidden, shared_hidden, x.stride(0), chunks),
         (("TOP_K", top_k), ("KIND", activation), ("PDL", early), ("BLOCK_N", block_n), ("BLOCK_K", block_k)),
@@ -419,7 +419,7 @@ def _mix_pairs(
     )  # fmt: skip
     block_n, block_k, num_warps = PAIR_DOWN_TILE
     launch_by_arguments(
-        pair_down_kernel, (tokens, triton.cdiv(dim, block_n), 1),
+        pair_down_kernel, (tokens, ceil_div(dim, block_n), 1),
         (h, down, weights, experts, shared_h, shared_down, shared, out, hidden, dim, shared_hidden,
          0 if shared is None else shared.stride(0)),
         (("TOP_K", top_k), ("PDL", early), ("BLOCK_N", block_n), ("BLOCK_K", block_k)),
@@ -443,11 +443,11 @@ def _mix_grouped(
     h = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
     y = torch.empty((pairs, dim), dtype=x.dtype, device=x.device)
     out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
-    common = (("NUM_EXPERTS", num_experts), ("PDL", early), ("BLOCK_E", triton.next_power_of_2(num_experts)))
+    common = (("NUM_EXPERTS", num_experts), ("PDL", early), ("BLOCK_E", next_power_of_2(num_experts)))
     for only, tile, _ in (sorts := grouped_tiles(tokens, pairs / num_experts)):
         tiles = most_tiles(pairs, num_experts, tile.block_m)
         launch_by_arguments(
-            grouped_gate_up_kernel, (tiles * triton.cdiv(hidden, tile.block_n), 1, 1),
+            grouped_gate_up_kernel, (tiles * ceil_div(hidden, tile.block_n), 1, 1),
             (x, gate_up, order, offsets, h, dim, hidden, x.stride(0), tiles),
             (("TOP_K", top_k), ("KIND", activation), *common, ("ONLY", only), *tile.blocks()),
             launch_pdl=early, **tile.options(),
@@ -455,12 +455,12 @@ def _mix_grouped(
     for only, _, tile in sorts:
         tiles = most_tiles(pairs, num_experts, tile.block_m)
         launch_by_arguments(
-            grouped_down_kernel, (tiles * triton.cdiv(dim, tile.block_n), 1, 1),
+            grouped_down_kernel, (tiles * ceil_div(dim, tile.block_n), 1, 1),
             (h, down, order, offsets, y, hidden, dim, tiles), (*common, ("ONLY", only), *tile.blocks()),
             launch_pdl=early, **tile.options(),
         )  # fmt: skip
     launch_by_arguments(
-        combine_kernel, (tokens, triton.cdiv(dim, 1024), 1),
+        combine_kernel, (tokens, ceil_div(dim, 1024), 1),
         (y, weights, shared, out, dim, 0 if shared is None else shared.stride(0)),
         (("TOP_K", top_k), ("PDL", early), ("BLOCK", 1024)), launch_pdl=early,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
-from octavo.kernels.triton.launch import launch_by_arguments
+from octavo.kernels.triton.launch import launch_by_arguments, next_power_of_2
 
 _WIDEST = 16384  # columns that one program holds in registers
 
@@ -77,7 +77,7 @@ def _launch(
     rows, width = x.shape
     if rows == 0:
         return
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     early = early_launch_options(x.device)["PDL"]
     stride_r = 0 if residual is None else residual.stride(0)
     arguments = (x, residual, weight, out, total, x.stride(0), stride_r, eps)

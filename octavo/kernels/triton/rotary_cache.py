@@ -10,7 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import HeadNorm, Rotary, Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
-from octavo.kernels.triton.launch import launch_by_arguments
+from octavo.kernels.triton.launch import ceil_div, launch_by_arguments, next_power_of_2
 
 _HEADS = 4  # of a program: enough programs for one token, enough work in each for many
 
@@ -167,8 +167,8 @@ def rotate_and_store(
         return q
     cos, sin, interleaved = (qkv, qkv, False) if rotary is None else rotary
     rotary_dim = 0 if rotary is None else 2 * cos.shape[-1]
-    heads = min(_HEADS, triton.next_power_of_2(max(num_heads, num_kv_heads)))
-    groups = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
+    heads = min(_HEADS, next_power_of_2(max(num_heads, num_kv_heads)))
+    groups = ceil_div(num_heads, heads) + 2 * ceil_div(num_kv_heads, heads)
     early = early_launch_options(qkv.device)["PDL"]
     q_weight, k_weight, eps, unit_offset = (None, None, 0.0, False) if norm is None else norm
     arguments = (
@@ -178,9 +178,9 @@ def rotate_and_store(
     constants = (
         ("HEADS", num_heads), ("KV_HEADS", num_kv_heads), ("WIDTH", width), ("ROTARY", rotary_dim),
         ("INTERLEAVED", interleaved), ("UNIT_OFFSET", unit_offset), ("PDL", early), ("BLOCK_H", heads),
-        ("BLOCK_R", triton.next_power_of_2(max(rotary_dim // 2, 1))),
-        ("BLOCK_REST", triton.next_power_of_2(max(width - rotary_dim, 1))),
-        ("BLOCK_D", triton.next_power_of_2(width)),
+        ("BLOCK_R", next_power_of_2(max(rotary_dim // 2, 1))),
+        ("BLOCK_REST", next_power_of_2(max(width - rotary_dim, 1))),
+        ("BLOCK_D", next_power_of_2(width)),
     )  # fmt: skip
     num_warps = max(1, min(4, heads * width // 128))
     launch_by_arguments(
@@ -200,7 +200,7 @@ def rotate_and_store_latent(
     rotary_dim = latent.shape[1] - rank
     if tokens == 0:
         return
-    heads = min(_HEADS, triton.next_power_of_2(num_heads))
+    heads = min(_HEADS, next_power_of_2(num_heads))
     early = early_launch_options(latent.device)["PDL"]
     arguments = (
         latent, q, q_absorbed, weight, rotary.cos, rotary.sin, kv_cache, slot_mapping,
@@ -209,7 +209,7 @@ def rotate_and_store_latent(
     constants = (
         ("HEADS", num_heads), ("RANK", rank), ("NOPE", q_width - rotary_dim), ("ROTARY", rotary_dim),
         ("INTERLEAVED", rotary.interleaved), ("PDL", early), ("BLOCK_H", heads),
-        ("BLOCK_RANK", triton.next_power_of_2(rank)), ("BLOCK_R", triton.next_power_of_2(rotary_dim // 2)),
+        ("BLOCK_RANK", next_power_of_2(rank)), ("BLOCK_R", next_power_of_2(rotary_dim // 2)),
     )  # fmt: skip
-    grid = (tokens, 1 + triton.cdiv(num_heads, heads), 1)
+    grid = (tokens, 1 + ceil_div(num_heads, heads), 1)
     launch_by_arguments(rotate_and_store_latent_kernel, grid, arguments, constants, num_warps=4, launch_pdl=early)

@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import Tensor
 from octavo.kernels.triton.early_launch import early_launch_options
-from octavo.kernels.triton.launch import launch_by_arguments
+from octavo.kernels.triton.launch import ceil_div, launch_by_arguments
 
 CAPACITY = 8192
 PARTS = 16
@@ -457,7 +457,7 @@ def sample_on_device(
         return tokens
     tops, bottoms, floors = (torch.empty((rows, n), dtype=torch.float32, device=device) for n in (PARTS, PARTS, 1))
     part_tokens = torch.empty((rows, PARTS), dtype=torch.int32, device=device)
-    part_size = triton.cdiv(triton.cdiv(vocab, PARTS), BLOCK) * BLOCK
+    part_size = ceil_div(ceil_div(vocab, PARTS), BLOCK) * BLOCK
     given = logits, temperature, top_k, top_p, min_p, vocab, part_size, logits.stride(0)
     early = early_launch_options(device)["PDL"]
     grid, single = (rows, PARTS, 1), (rows, 1, 1)

@@ -180,39 +180,76 @@ def as_rows(box):
 # --------------------------------------------------------------------------------------------- producer
 
 
+@gluon.constexpr_function
+def ring_threads(num_wg, pager):
+    """Threads that meet at a barrier of the ring: the consumers and whoever fills it."""
+    return 128 * num_wg + (32 if pager else 128)
+
+
 @gluon.jit
 def load_block(
-    desc, coord, index, smem, full, EMPTY: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr,
+    desc, coord, index, smem, full, EMPTY: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Load ring entry `index` once every consumer has left the one before it in the same stage."""
     stage = index % STAGES
-    barrier_sync_if(index >= STAGES, EMPTY + stage, 128 * (NUM_WG + 1))
+    barrier_sync_if(index >= STAGES, EMPTY + stage, RING)
     mbarrier.expect(full.index(stage), desc.block_type.nbytes)
     tma_load(desc, coord, full.index(stage), smem.index(stage))
 
 
 @gluon.jit
+def first_rows_of_pages(table, block, len_k, desc, BLOCK_N: gl.constexpr, PAGE: gl.constexpr):
+    """Rows of the cache at which the boxes of a block of keys begin, all looked up before the first is waited for."""
+    ROWS: gl.constexpr = desc.block_type.shape[-3]
+    rows = ()
+    for piece in gl.static_range(BLOCK_N // ROWS):
+        key = block * BLOCK_N + piece * ROWS
+        page = gl.load(table + key // PAGE, mask=key < len_k, other=0)
+        rows = rows + (page * PAGE + key % PAGE,)  # noqa: RUF005 (Triton has no unpacking)
+    return rows
+
+
+@gluon.jit
 def load_pages(
-    desc, table, block, len_k, head, index, smem, full, EMPTY: gl.constexpr, STAGES: gl.constexpr,
-    NUM_WG: gl.constexpr, PAGE: gl.constexpr,
+    desc, rows, length, head, index, smem, full, EMPTY: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """`load_block` out of a paged cache: boxes of up to one page and 64 columns, which together are the block."""
+    """`load_block` out of a paged cache: boxes of up to one page and 64 columns, which together are the block.
+
+    Keys from `length` on, in pages that may hold anything, come as zeros.
+    """
     ROWS: gl.constexpr = desc.block_type.shape[-3]
     PIECES: gl.constexpr = smem.shape[-3] // ROWS
     PANELS: gl.constexpr = smem.shape[-1] // 64
     stage = index % STAGES
-    barrier_sync_if(index >= STAGES, EMPTY + stage, 128 * (NUM_WG + 1))
+    barrier_sync_if(index >= STAGES, EMPTY + stage, RING)
     mbarrier.expect(full.index(stage), PIECES * PANELS * desc.block_type.nbytes)
     boxes = reinterpret(smem.index(stage), [PANELS * PIECES, 1, 1, ROWS, 1, 64], desc.layout)
     for piece in gl.static_range(PIECES):
-        key = block * smem.shape[-3] + piece * ROWS
-        page = gl.load(table + key // PAGE, mask=key < len_k, other=0)
-        # rows past the end of the sequence, whose pages may hold anything, come as zeros: see `box_at`
-        start = page * PAGE + key % PAGE
-        length = len_k - key
+        left = length - piece * ROWS
         for panel in gl.static_range(PANELS):
             box = boxes.index(panel * PIECES + piece)
-            tma_load(desc, [WRAP, start + length, WRAP - length, head, panel * 64], full.index(stage), box)
+            tma_load(desc, [WRAP, rows[piece] + left, WRAP - left, head, panel * 64], full.index(stage), box)
+
+
+@gluon.jit
+def load_all_pages(
+    descs, smem, bars, begin, end, index, batch, head, len_k, pages,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Load the key and value blocks [begin, end) of a tile out of a paged cache, last block first."""
+    _q_desc, k_desc, v_desc = descs
+    _q_smem, k_smem, v_smem, _o_smem, _tiles = smem
+    _q_full, _q_empty, k_full, v_full, _tile_full, _tile_empty = bars
+    table, table_stride = pages
+    row_table = table + batch.to(gl.int64) * table_stride
+    for n in range(begin, end):
+        block = begin + end - 1 - n
+        rows = first_rows_of_pages(row_table, block, len_k, k_desc, BLOCK_N, PAGE)
+        keys = len_k - block * BLOCK_N
+        load_pages(k_desc, rows, keys, head, index, k_smem, k_full, K_EMPTY, STAGES, RING)
+        load_pages(v_desc, rows, keys, head, index, v_smem, v_full, V_EMPTY, STAGES, RING)
+        index += 1
+    return index
 
 
 @gluon.jit
@@ -229,14 +266,14 @@ def publish(tile, turn, tiles, full, empty):
 def produce(
     descs, smem, bars, grid, lengths, window, num_tiles, group, counter, pages,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
-    VARLEN: gl.constexpr, PAGE: gl.constexpr, DYNAMIC: gl.constexpr,
+    VARLEN: gl.constexpr, PAGE: gl.constexpr, PAGER: gl.constexpr, DYNAMIC: gl.constexpr,
 ):  # fmt: skip
-    """Load the queries of one tile after another, and their key and value blocks, last block first."""
+    """Load the queries of one tile after another and, unless in pages, their key and value blocks, last block first."""
     q_desc, k_desc, v_desc = descs
     q_smem, k_smem, v_smem, _o_smem, tiles = smem
     q_full, q_empty, k_full, v_full, tile_full, tile_empty = bars
     ROWS: gl.constexpr = WG_ROWS * NUM_WG
-    table, table_stride = pages
+    RING: gl.constexpr = ring_threads(NUM_WG, PAGER)
     index = 0
     turn = 0
     loaded = 0
@@ -254,29 +291,54 @@ def produce(
                 coord = box_at(batch, start_q, len_q, row + wg * WG_ROWS, head, VARLEN)
                 tma_load(q_desc, coord, q_full.index(wg), q_smem.index(wg))
             loaded += 1
-            for n in range(begin, end):
-                block = begin + end - 1 - n
-                if PAGE:
-                    row_table = table + batch.to(gl.int64) * table_stride
-                    load_pages(
-                        k_desc, row_table, block, len_k, head // group, index, k_smem, k_full,
-                        K_EMPTY, STAGES, NUM_WG, PAGE,
-                    )  # fmt: skip
-                    load_pages(
-                        v_desc, row_table, block, len_k, head // group, index, v_smem, v_full,
-                        V_EMPTY, STAGES, NUM_WG, PAGE,
-                    )  # fmt: skip
-                else:
+            if PAGE and not PAGER:
+                index = load_all_pages(
+                    descs, smem, bars, begin, end, index, batch, head // group, len_k, pages,
+                    BLOCK_N, STAGES, RING, PAGE,
+                )  # fmt: skip
+            elif not PAGE:
+                for n in range(begin, end):
+                    block = begin + end - 1 - n
                     coord = box_at(batch, start_k, len_k, block * BLOCK_N, head // group, VARLEN)
-                    load_block(k_desc, coord, index, k_smem, k_full, K_EMPTY, STAGES, NUM_WG)
-                    load_block(v_desc, coord, index, v_smem, v_full, V_EMPTY, STAGES, NUM_WG)
-                index += 1
+                    load_block(k_desc, coord, index, k_smem, k_full, K_EMPTY, STAGES, RING)
+                    load_block(v_desc, coord, index, v_smem, v_full, V_EMPTY, STAGES, RING)
+                    index += 1
         turn += 1
         if DYNAMIC:
             tile = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         else:
             tile += gl.num_programs(0)
     publish(num_tiles, turn, tiles, tile_full, tile_empty)
+
+
+@gluon.jit
+def produce_pages(
+    descs, smem, bars, grid, lengths, window, num_tiles, group, pages,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
+    PAGE: gl.constexpr, PAGER: gl.constexpr,
+):  # fmt: skip
+    """Load the key and value blocks of one tile after another out of a paged cache: a partition of one warp.
+
+    Between two boxes for one stage Triton has the partition's warps wait for each other; four warps took longer over
+    that than the products over the block.
+    """
+    _q_smem, _k_smem, _v_smem, _o_smem, tiles = smem
+    _q_full, _q_empty, _k_full, _v_full, tile_full, tile_empty = bars
+    ROWS: gl.constexpr = WG_ROWS * NUM_WG
+    RING: gl.constexpr = ring_threads(NUM_WG, PAGER)
+    index, turn = 0, 0
+    tile = next_tile(turn, tiles, tile_full, tile_empty)
+    while tile < num_tiles:
+        m_block, head, batch = tile_place(tile, grid, lengths, ROWS, True)
+        _start_q, _start_k, len_q, len_k = sequence(batch, lengths, True, PAGE)
+        if m_block * ROWS < len_q:
+            begin, end, _, _ = key_blocks(m_block * ROWS, len_q, len_k, window, ROWS, BLOCK_N, RIGHT, LEFT)
+            index = load_all_pages(
+                descs, smem, bars, begin, end, index, batch, head // group, len_k, pages,
+                BLOCK_N, STAGES, RING, PAGE,
+            )  # fmt: skip
+        turn += 1
+        tile = next_tile(turn, tiles, tile_full, tile_empty)
 
 
 # --------------------------------------------------------------------------------------------- consumers
@@ -363,7 +425,7 @@ def issue_values(p, o, index, v_smem, v_full, STAGES: gl.constexpr):
 @gluon.jit
 def step(
     n, index, q, top, l, o, p, scale, cap, visible, smem, bars,
-    wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
+    wg: gl.constexpr, NUM_WG: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
     MASK: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of key block n, and the product with V of block n + 1, whose P comes in."""
@@ -374,25 +436,25 @@ def step(
     o = issue_values(a, o, index - 1, v_smem, v_full, STAGES)
     barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
     s = warpgroup_mma_wait(1, [s])
-    barrier_arrive(K_EMPTY + index % STAGES, 128 * (NUM_WG + 1))
+    barrier_arrive(K_EMPTY + index % STAGES, RING)
     p, top, l, alpha = softmax_block(s, top, l, scale, cap, n, visible, MASK, LEFT, SOFTCAP)
     l = finish_before_next_wait(l)
     o, a = warpgroup_mma_wait(0, [o, a])
-    barrier_arrive(V_EMPTY + (index - 1) % STAGES, 128 * (NUM_WG + 1))
+    barrier_arrive(V_EMPTY + (index - 1) % STAGES, RING)
     return top, l, scale_unless_one(o, rows_as(alpha, o)), pack_pairs(p, q.dtype)
 
 
 @gluon.jit
 def walk(
     n, stop, index, q, top, l, o, p, scale, cap, visible, smem, bars,
-    wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
+    wg: gl.constexpr, NUM_WG: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
     MASK: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Key blocks n, n - 1, …, stop; P of block n + 1 comes in unmultiplied, that of block `stop` goes out so."""
     while n >= stop:
         top, l, o, p = step(
             n, index, q, top, l, o, p, scale, cap, visible, smem, bars,
-            wg, NUM_WG, STAGES, S_LAYOUT, MASK, LEFT, SOFTCAP,
+            wg, NUM_WG, RING, STAGES, S_LAYOUT, MASK, LEFT, SOFTCAP,
         )  # fmt: skip
         index += 1
         n -= 1
@@ -413,7 +475,7 @@ def normalise(top, l, head, sink_ptr, SINK: gl.constexpr):
 
 
 @gluon.jit
-def pass_over(count, index, bars, wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr):
+def pass_over(count, index, bars, wg: gl.constexpr, NUM_WG: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr):
     """Let `count` key blocks go by that none of these rows sees, keeping the place in the ring and the turns."""
     k_full, v_full = bars
     for _ in range(count):
@@ -422,9 +484,9 @@ def pass_over(count, index, bars, wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES
         mbarrier.wait(k_full.index(stage), phase)
         barrier_sync(TURN + wg, 256)
         barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
-        barrier_arrive(K_EMPTY + stage, 128 * (NUM_WG + 1))
+        barrier_arrive(K_EMPTY + stage, RING)
         mbarrier.wait(v_full.index(stage), phase)
-        barrier_arrive(V_EMPTY + stage, 128 * (NUM_WG + 1))
+        barrier_arrive(V_EMPTY + stage, RING)
         index += 1
     return index
 
@@ -432,8 +494,8 @@ def pass_over(count, index, bars, wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES
 @gluon.jit
 def attend(
     q, begin, end, own, index, scale, cap, visible, smem, bars,
-    wg: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
-    EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
+    wg: gl.constexpr, NUM_WG: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr,
+    LEFT: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Unnormalised output of 64 rows over key blocks [begin, end): (index, reference exponents, row sums, O).
 
@@ -448,12 +510,12 @@ def attend(
     _, own_end, clear_begin, clear_end = own
     if RIGHT:
         own_end = gl.minimum(gl.maximum(own_end, begin + 1), end)
-        index = pass_over(end - own_end, index, bars, wg, NUM_WG, STAGES)
+        index = pass_over(end - own_end, index, bars, wg, NUM_WG, RING, STAGES)
         end = own_end
     s = issue_scores(q, index, k_smem, k_full, wg, STAGES, S_LAYOUT)
     barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
     s = warpgroup_mma_wait(0, [s])
-    barrier_arrive(K_EMPTY + index % STAGES, 128 * (NUM_WG + 1))
+    barrier_arrive(K_EMPTY + index % STAGES, RING)
     p, top, l, _ = softmax_block(s, top, None, scale, cap, end - 1, visible, not EVEN, LEFT, SOFTCAP)
     p = pack_pairs(p, q.dtype)
     index += 1
@@ -461,21 +523,21 @@ def attend(
     if RIGHT:
         n, index, top, l, o, p = walk(
             n, gl.maximum(clear_end, begin), index, q, top, l, o, p, scale, cap, visible, smem, bars,
-            wg, NUM_WG, STAGES, S_LAYOUT, True, LEFT, SOFTCAP,
+            wg, NUM_WG, RING, STAGES, S_LAYOUT, True, LEFT, SOFTCAP,
         )  # fmt: skip
     n, index, top, l, o, p = walk(
         n, gl.maximum(clear_begin, begin), index, q, top, l, o, p, scale, cap, visible, smem, bars,
-        wg, NUM_WG, STAGES, S_LAYOUT, False, LEFT, SOFTCAP,
+        wg, NUM_WG, RING, STAGES, S_LAYOUT, False, LEFT, SOFTCAP,
     )  # fmt: skip
     if LEFT:
         n, index, top, l, o, p = walk(
             n, begin, index, q, top, l, o, p, scale, cap, visible, smem, bars,
-            wg, NUM_WG, STAGES, S_LAYOUT, True, LEFT, SOFTCAP,
+            wg, NUM_WG, RING, STAGES, S_LAYOUT, True, LEFT, SOFTCAP,
         )  # fmt: skip
     a = unpack_pairs(p, q.dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
     o = issue_values(a, o, index - 1, v_smem, v_full, STAGES)
     o, a = warpgroup_mma_wait(0, [o, a])
-    barrier_arrive(V_EMPTY + (index - 1) % STAGES, 128 * (NUM_WG + 1))
+    barrier_arrive(V_EMPTY + (index - 1) % STAGES, RING)
     l = gl.convert_layout(gl.sum(l, axis=1), top.type.layout)
     return index, top, l, o
 
@@ -493,14 +555,15 @@ def write_rows(o, desc, coord, smem):
 def consume(
     shared,
     wg: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr,
-    LEFT: gl.constexpr, VARLEN: gl.constexpr, PAGE: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
-    SINK: gl.constexpr, O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr,
+    LEFT: gl.constexpr, VARLEN: gl.constexpr, PAGE: gl.constexpr, PAGER: gl.constexpr, EVEN: gl.constexpr,
+    SOFTCAP: gl.constexpr, SINK: gl.constexpr, O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of one tile after another."""
     o_desc, lse_ptr, sink_ptr, smem, bars, grid, lengths, window, num_tiles, scale, cap, lse_strides = shared
     q_smem, k_smem, v_smem, o_smem, tiles = smem
     q_full, q_empty, k_full, v_full, tile_full, tile_empty = bars
     ROWS: gl.constexpr = WG_ROWS * NUM_WG
+    RING: gl.constexpr = ring_threads(NUM_WG, PAGER)
     DV: gl.constexpr = v_smem.shape[-1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
@@ -534,7 +597,7 @@ def consume(
                 index, top, l, o = attend(
                     q, begin, end, own, index, scale, cap,
                     visible_keys(row, len_q, len_k, window, RIGHT, LEFT), (k_smem, v_smem), (k_full, v_full),
-                    wg, NUM_WG, STAGES, RIGHT, LEFT, EVEN, SOFTCAP,
+                    wg, NUM_WG, RING, STAGES, RIGHT, LEFT, EVEN, SOFTCAP,
                 )  # fmt: skip
             if not Q_IN_REGS and not O_IN_Q:
                 mbarrier.arrive(q_empty.index(wg), count=1)
@@ -573,7 +636,8 @@ def flash_fwd_kernel(
     table_stride, len_q, len_k, num_m, heads, pairs, section, batches, group, left, right, num_tiles, scale, cap,
     lse_b, lse_h,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
-    VARLEN: gl.constexpr, PAGE: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr, SINK: gl.constexpr,
+    VARLEN: gl.constexpr, PAGE: gl.constexpr, PAGER: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
+    SINK: gl.constexpr,
     O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr, DYNAMIC: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q_desc.block_type.shape[-1]
@@ -589,7 +653,7 @@ def flash_fwd_kernel(
     smem = (q_smem, k_smem, v_smem, o_smem, tiles)
     bars = (
         barriers(NUM_WG, 1), barriers(NUM_WG, 1), barriers(STAGES, 1), barriers(STAGES, 1),
-        barriers(2, 1), barriers(2, NUM_WG),
+        barriers(2, 1), barriers(2, NUM_WG + PAGER),
     )  # fmt: skip
     grid = (num_m, heads, pairs, section, batches)
     lengths = (cu_q, cu_k, len_q, len_k)
@@ -598,19 +662,40 @@ def flash_fwd_kernel(
     descs = (q_desc, k_desc, v_desc)
     shared = (o_desc, lse_ptr, sink_ptr, smem, bars, grid, lengths, window, num_tiles, scale, cap, lse_strides)
     # constexprs stay constexprs only in a tuple that is not given a name
-    if NUM_WG == 2:
+    if PAGER:
         gl.warp_specialize(
             [
                 (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter, (table, table_stride),
-                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, DYNAMIC)),
+                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, DYNAMIC)),
                 (
                     consume,
-                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
                      Q_IN_REGS),
                 ),
                 (
                     consume,
-                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
+                     Q_IN_REGS),
+                ),
+                (produce_pages, (descs, smem, bars, grid, lengths, window, num_tiles, group, (table, table_stride),
+                                 BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, PAGE, PAGER)),
+            ],
+            [4, 4, 1],
+            [REGS, REGS, 24],
+        )  # fmt: skip
+    elif NUM_WG == 2:
+        gl.warp_specialize(
+            [
+                (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter, (table, table_stride),
+                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, DYNAMIC)),
+                (
+                    consume,
+                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
+                     Q_IN_REGS),
+                ),
+                (
+                    consume,
+                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
                      Q_IN_REGS),
                 ),
             ],
@@ -621,25 +706,25 @@ def flash_fwd_kernel(
         gl.warp_specialize(
             [
                 (produce, (descs, smem, bars, grid, lengths, window, num_tiles, group, counter, (table, table_stride),
-                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, DYNAMIC)),
+                           BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, DYNAMIC)),
                 (
                     consume,
-                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                    (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
                      Q_IN_REGS),
                 ),
                 (
                     consume,
-                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                    (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
                      Q_IN_REGS),
                 ),
                 (
                     consume,
-                    (shared, 2, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                    (shared, 2, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
                      Q_IN_REGS),
                 ),
                 (
                     consume,
-                    (shared, 3, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, EVEN, SOFTCAP, SINK, O_IN_Q,
+                    (shared, 3, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
                      Q_IN_REGS),
                 ),
             ],
@@ -661,6 +746,7 @@ class Tile(NamedTuple):
     max_registers: int  # of all threads on average, which is what the launch asks for
     q_in_registers: bool = False  # read the queries once into registers instead of at each product
     out_in_q: bool = False  # write the output through the queries' shared memory, for want of more
+    pager: bool = False  # a partition of one warp fetches pages
 
 
 # by the widths of q and v in shared memory; measured on an H100, see docs/kernels/hopper_flash_fwd.md
@@ -669,6 +755,13 @@ TILES = {
     (128, 128): Tile(2, 128, 2, 240, 168, q_in_registers=KEEPS_LOOP_OPERANDS),
     (256, 128): Tile(2, 64, 2, 240, 168),
     (256, 256): Tile(2, 64, 2, 240, 168, out_in_q=True),
+}
+# over pages. The pager's partition costs registers, and 256 columns of output want more than are left
+PAGED_TILES = {
+    (64, 64): Tile(2, 128, 2, 232, 128, q_in_registers=KEEPS_LOOP_OPERANDS, pager=True),
+    (128, 128): Tile(2, 128, 2, 232, 128, q_in_registers=KEEPS_LOOP_OPERANDS, pager=True),
+    (256, 128): Tile(2, 64, 2, 232, 128, pager=True),
+    (256, 256): TILES[256, 256],
 }
 MIN_QUERIES = 64  # with fewer rows most of a tile is empty, and splitting the keys matters more
 LONG_KEYS = 1024  # from here on, splitting the keys over an idle half of the GPU should pay (by count, not measured)
@@ -745,7 +838,7 @@ def run_forward(
         lse.fill_(-math.inf)
     if out.numel() == 0 or batch == 0:
         return out, lse
-    tile = TILES[_width(q.shape[-1]), _width(dim_v)]
+    tile = (PAGED_TILES if page else TILES)[_width(q.shape[-1]), _width(dim_v)]
     rows = tile.num_wg * WG_ROWS.value
     # sequences of different lengths share one numbering of query blocks, see `find_sequence`
     num_m, pairs = (q.shape[0] // rows + batch, heads) if varlen else (math.ceil(len_q / rows), batch * heads)
@@ -789,6 +882,7 @@ def run_forward(
         ("LEFT", spec.window_left >= 0),
         ("VARLEN", varlen),
         ("PAGE", page),
+        ("PAGER", tile.pager),
         ("EVEN", not uneven and len_k % tile.block_n == 0),
         ("SOFTCAP", spec.softcap != 0),
         ("SINK", t.learnable_sink is not None),

@@ -38,7 +38,7 @@ class Compiled(NamedTuple):
 
 def compile_forward(widths: tuple[int, int], dtype: str, flags: dict[str, int], folder: Path) -> Compiled:
     """`flash_fwd_kernel` with the tile that `flash_fwd` would choose, through ptxas."""
-    tile = flash_fwd.TILES[widths]
+    tile = (flash_fwd.PAGED_TILES if flags["PAGE"] else flash_fwd.TILES)[widths]
     boxes = {
         "q_desc": (64, widths[0]),
         "k_desc": (flags["PAGE"], 64) if flags["PAGE"] else (tile.block_n, widths[0]),
@@ -53,6 +53,7 @@ def compile_forward(widths: tuple[int, int], dtype: str, flags: dict[str, int], 
         "STAGES": tile.stages,
         "NUM_WG": tile.num_wg,
         "O_IN_Q": tile.out_in_q,
+        "PAGER": tile.pager,
         "Q_IN_REGS": tile.q_in_registers,
         "DYNAMIC": True,
         "REGS": tile.registers,
@@ -158,7 +159,7 @@ def test_forward_compiles_to_what_the_design_needs(
     widths: tuple[int, int], dtype: str, flags: dict[str, int], tmp_path: Path
 ) -> None:
     compiled = compile_forward(widths, dtype, flags, tmp_path)
-    tile = flash_fwd.TILES[widths]
+    tile = (flash_fwd.PAGED_TILES if flags["PAGE"] else flash_fwd.TILES)[widths]
     assert_built_as_designed(compiled, tile.registers)
 
     loops = main_loops(compiled.instructions)

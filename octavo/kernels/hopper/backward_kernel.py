@@ -31,6 +31,7 @@ from octavo.kernels.hopper.backward_parts import (
     as_operand,
     give_turn,
     issue_transposed,
+    look_at,
     opaque_zero,
     probabilities,
     produce,
@@ -86,6 +87,9 @@ def step(  # noqa: PLR0915 (a step is one schedule)
     if SOFTCAP:
         p = p * (1 - t * t)
     dp = warpgroup_mma_wait(1, [dp])
+    seen = 0
+    if IN_TURN:
+        seen = look_at(turns + m * NUM_WG + wg)
     ds = pack_pairs(p * dp, dtype)
     half = (index & 1) * NUM_WG
     ds_smem.index(half + wg).store(unpack_pairs(ds, dtype, S_LAYOUT))
@@ -117,7 +121,7 @@ def step(  # noqa: PLR0915 (a step is one schedule)
         give_turn(last, index > 0)
         last = turns + m * NUM_WG + wg
     turn = turn_of(m, col, scores, BLOCK_M, BLOCK_N, RIGHT)
-    add_rows(dq, acc_desc, acc_row + m * (BLOCK_M * D // 32) + wg * 128, acc_smem.index(wg), last, turn, IN_TURN)
+    add_rows(dq, acc_desc, acc_row + m * (BLOCK_M * D // 32) + wg * 128, acc_smem.index(wg), last, turn, seen, IN_TURN)
     s, dk, b = warpgroup_mma_wait(0, [s, dk, b])
     barrier_arrive(Q_EMPTY + q_stage, 128 * (NUM_WG + 1))
     return last, s, dk, dv

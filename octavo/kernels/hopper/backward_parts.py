@@ -165,29 +165,29 @@ def as_operand(packed, like, dtype: gl.constexpr):
 
 
 @gluon.jit
-def add_rows(x, desc, row, smem, counter, turn, IN_TURN: gl.constexpr):
+def add_rows(x, desc, row, smem, counter, turn, seen, IN_TURN: gl.constexpr):
     """Start adding x (64, 64), a wgmma accumulator, to fp32 rows of 32 from `row` on, in the order of `finish_kernel`.
 
     Four numbers of a thread stand together, which makes the write to shared memory free of conflicts. With room for
-    half of x it goes in two pieces. IN_TURN: not before `counter` has come to `turn`.
+    half of x it goes in two pieces. IN_TURN: not before `counter`, which held `seen` a while ago, has come to `turn`.
     """
     if smem.shape[0] == 128:
         x = gl.permute(gl.reshape(x, [4, 2, 8, 8, 4, 2]), [3, 0, 2, 4, 1, 5])
-        add_piece(gl.reshape(x, [128, 32]), desc, row, smem, counter, turn, IN_TURN)
+        add_piece(gl.reshape(x, [128, 32]), desc, row, smem, counter, turn, seen, IN_TURN)
     else:
         x = gl.permute(gl.reshape(x, [4, 2, 8, 2, 4, 4, 2]), [4, 0, 2, 5, 1, 6, 3])
         first, second = gl.split(x)
-        add_piece(gl.reshape(first, [64, 32]), desc, row, smem, counter, turn, IN_TURN)
-        add_piece(gl.reshape(second, [64, 32]), desc, row + 64, smem, counter, turn, False)
+        add_piece(gl.reshape(first, [64, 32]), desc, row, smem, counter, turn, seen, IN_TURN)
+        add_piece(gl.reshape(second, [64, 32]), desc, row + 64, smem, counter, turn, seen, False)
 
 
 @gluon.jit
-def add_piece(x, desc, row, smem, counter, turn, IN_TURN: gl.constexpr):
+def add_piece(x, desc, row, smem, counter, turn, seen, IN_TURN: gl.constexpr):
     tma_store_wait(0)
     smem.store(x)
     fence_async_shared()
     if IN_TURN:
-        await_turn(counter, turn)
+        await_turn(counter, turn, seen)
     tma_add(desc, [row, 0], smem)
 
 
@@ -195,13 +195,14 @@ def add_piece(x, desc, row, smem, counter, turn, IN_TURN: gl.constexpr):
 def give_turn(counter, condition):
     """Let the next key block add to what `counter` counts for, once this warpgroup's sums there are in memory.
 
-    They were started a block of queries ago, so that waiting for them costs little.
+    They were started a block of queries ago, so that waiting for them costs little. They are complete in the L2 by then,
+    where whoever comes next adds to them, so no fence, which every block would wait for, stands before the counter.
     """
     tma_written_wait()
     tma_store_wait(0)  # for all threads, where the wait above is for the one that started them
     gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0;"
-        " setp.ne.and.s32 p, $2, 0, p; @p fence.acq_rel.gpu; @p red.relaxed.gpu.global.add.s32 [$1], 1;"
+        " setp.ne.and.s32 p, $2, 0, p; @p red.relaxed.gpu.global.add.s32 [$1], 1;"
         " mov.u32 $0, 0; }",
         "=r,l,r",
         [counter.to(gl.int64), condition.to(gl.int32)],
@@ -212,13 +213,25 @@ def give_turn(counter, condition):
 
 
 @gluon.jit
-def await_turn(counter, turn):
-    """Wait until `counter` has come to `turn`; with a vote, or the assembler takes all that follows for divergent."""
+def look_at(counter):
+    """The counter as it stands now; the load runs while what follows does not need it."""
+    return gl.inline_asm_elementwise(
+        "ld.relaxed.gpu.global.s32 $0, [$1];", "=r,l", [counter.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def await_turn(counter, turn, seen):
+    """Wait until `counter` has come to `turn`, if it had not when it was `seen`.
+
+    With votes, or the assembler takes all that follows for divergent.
+    """
     gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .s32 v; AGAIN: ld.acquire.gpu.global.s32 v, [$1]; setp.lt.s32 p, v, $2;"
-        " vote.sync.any.pred p, p, -1; @p bra.uni AGAIN; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [counter.to(gl.int64), turn],
+        "{ .reg .pred p; .reg .s32 v; setp.lt.s32 p, $3, $2; vote.sync.any.pred p, p, -1; @!p bra.uni DONE;"
+        " AGAIN: ld.acquire.gpu.global.s32 v, [$1]; setp.lt.s32 p, v, $2;"
+        " vote.sync.any.pred p, p, -1; @p bra.uni AGAIN; DONE: mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [counter.to(gl.int64), turn, seen],
         dtype=gl.int32,
         is_pure=False,
         pack=1,

@@ -195,7 +195,7 @@ def add_piece(x, desc, row, smem, counter, turn, seen, IN_TURN: gl.constexpr):
 def give_turn(counter, condition):
     """Let the next key block add to what `counter` counts for, once this warpgroup's sums there are in memory.
 
-    They were started a block of queries ago, so that waiting for them costs little. They are complete in the L2 by then,
+    They were started a block of queries ago, so that waiting for them costs little. They are complete in the L2 then,
     where whoever comes next adds to them, so no fence, which every block would wait for, stands before the counter.
     """
     tma_written_wait()

@@ -30,6 +30,12 @@ def expected(logits, arguments):
     return reference.sample_on_device(logits, *arguments, True)
 
 
+@pytest.fixture(autouse=True)
+def few_parts(monkeypatch):
+    """Four programs a row instead of sixteen, which the interpreter runs one by one."""
+    monkeypatch.setattr(sampling, "PARTS", 4)
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -93,7 +99,6 @@ def test_more_entries_than_can_be_gathered(monkeypatch, capacity, passes, given)
     rows = 24
     monkeypatch.setattr(sampling, "CAPACITY", capacity)
     monkeypatch.setattr(sampling, "PASSES", passes)
-    monkeypatch.setattr(sampling, "PARTS", 2)
     logits = torch.randn(rows, 1500)
     arguments = parameters(rows, temperature=5.0, **given)
     assert torch.equal(ours(logits, arguments), expected(logits, arguments))

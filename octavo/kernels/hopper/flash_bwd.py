@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.hopper.backward_kernel import backward_kernel
 from octavo.kernels.hopper.backward_rows import finish_kernel, prepare_kernel
+from octavo.kernels.hopper.backward_wide_kernel import backward_wide_kernel
 from octavo.kernels.hopper.descriptors import make_descriptor
 from octavo.kernels.hopper.dkdv_kernel import dkdv_kernel
 from octavo.kernels.hopper.flash_fwd import (
@@ -52,9 +53,10 @@ class Tile(NamedTuple):
 TILES = {
     (64, 64): Tile(backward_kernel, 128, 128, 2, 2, 128),
     (128, 128): Tile(backward_kernel, 128, 64, 2, 2, 128),
-    (256, 128): Tile(dkdv_kernel, 64, 64, 2, 2, 0),
-    (256, 256): Tile(dkdv_kernel, 64, 64, 2, 2, 0),
+    (256, 128): Tile(backward_wide_kernel, 64, 64, 2, 2, 64),
+    (256, 256): Tile(backward_wide_kernel, 64, 64, 2, 2, 64),
 }
+TWO_PASSES = Tile(dkdv_kernel, 64, 64, 2, 2, 0)  # above 128: the same bits at every run
 _SUMS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 
 
@@ -103,6 +105,8 @@ def flash_bwd(
     q, k, v, out, dout = (_readable_by_tma(x) for x in (q, k, v, out, dout))
     lse = softmax_lse.contiguous()
     tile = TILES[_width(q.shape[-1]), _width(v.shape[-1])]
+    if spec.deterministic and tile.kernel is backward_wide_kernel:
+        tile = TWO_PASSES
     varlen = t.cu_seqlens_q is not None
     new = torch.zeros if varlen else torch.empty  # rows that belong to no sequence
     dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -203,8 +207,9 @@ def _multiply(
     )
     if sums is not None:
         descriptors.append(_sums_descriptor(sums.data, tile.sums_rows))
-        pointers.append(_turns(sums, q.shape[-2]) if spec.deterministic else lse)
         scalars += [sums.batch_tiles, sums.head_tiles]
+    if tile.kernel is backward_kernel:
+        pointers.append(_turns(sums, q.shape[-2]) if sums is not None and spec.deterministic else lse)
         constants = (*constants, ("IN_TURN", spec.deterministic))
     constants = (*constants, ("REGS", tile.registers))
     key = (q.dtype, _width(q.shape[-1]), _width(v.shape[-1]), *(pointer_key(x) for x in pointers))

@@ -1,5 +1,7 @@
 """Which calls the Hopper forward takes, and how it addresses them: all of it without a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -195,6 +197,8 @@ def test_launches_name_every_parameter_in_order(dims, varlen, monkeypatch):
         t = AttentionTensors(CU, CU, 100, 100)
     out, lse = flash_fwd.flash_fwd(q, k, v, CAUSAL, t)
     flash_bwd.flash_bwd(out, q, k, v, out, lse, CAUSAL, t, dlse=lse)
+    flash_bwd.flash_bwd(out, q, k, v, out, lse, replace(CAUSAL, deterministic=True), t)
     narrow = ["prepare_kernel", "backward_kernel", "finish_kernel"]
-    wide = ["_launch_delta", "dkdv_kernel", "_launch_dq"]
-    assert launched == ["flash_fwd_kernel", *(wide if dims[0] > 128 else narrow)]
+    wide = ["prepare_kernel", "backward_wide_kernel", "finish_kernel"]
+    two_passes = ["_launch_delta", "dkdv_kernel", "_launch_dq"]
+    assert launched == ["flash_fwd_kernel", *(wide + two_passes if dims[0] > 128 else 2 * narrow)]

@@ -18,6 +18,7 @@ from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from octavo.kernels.hopper import flash_bwd, flash_fwd  # noqa: E402
+from octavo.kernels.hopper.backward_kernel import backward_kernel  # noqa: E402
 from octavo.kernels.hopper.gluon_compat import FIRST_BARRIER  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024  # bytes that one block of sm_90 may have
@@ -61,9 +62,10 @@ def compile_forward(widths: tuple[int, int], dtype: str, flags: dict[str, int], 
     return compile_kernel(flash_fwd.flash_fwd_kernel, types, constants, tile.max_registers, folder)
 
 
-def compile_backward(widths: tuple[int, int], dtype: str, flags: dict[str, int], folder: Path) -> Compiled:
-    """The kernel that `flash_bwd` would choose, through ptxas."""
-    tile = flash_bwd.TILES[widths]
+def compile_backward(
+    tile: flash_bwd.Tile, widths: tuple[int, int], dtype: str, flags: dict[str, int], folder: Path
+) -> Compiled:
+    """A kernel of `flash_bwd` through ptxas."""
     boxes = {
         "q_desc": (tile.block_m, widths[0]),
         "g_desc": (tile.block_m, widths[1]),
@@ -73,7 +75,7 @@ def compile_backward(widths: tuple[int, int], dtype: str, flags: dict[str, int],
     types = boxes_of_rows(boxes, dtype, flags["VARLEN"])
     if tile.sums_rows:
         types["acc_desc"] = f"tensordesc<fp32[{tile.sums_rows}, 32],{SUMS_LAYOUT}>"
-    else:
+    if tile.kernel is not backward_kernel:
         flags = {name: value for name, value in flags.items() if name != "IN_TURN"}
     types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cu_q": "*i32", "cu_k": "*i32", "turns": "*i32"}
     types |= {"scale": "fp32", "cap": "fp32", "out_scale": "fp32"}
@@ -179,23 +181,26 @@ BACKWARD_IN_TURN = BACKWARD_PLAIN | {"IN_TURN": True}
 
 
 @pytest.mark.parametrize(
-    ("widths", "dtype", "flags"),
+    ("tile", "widths", "dtype", "flags"),
     [
-        ((64, 64), "fp16", BACKWARD_CAUSAL),
-        ((128, 128), "bf16", BACKWARD_PLAIN),
-        ((128, 128), "bf16", BACKWARD_IN_TURN),
-        ((128, 128), "bf16", BACKWARD_CAUSAL | {"VARLEN": True}),
-        ((256, 128), "bf16", BACKWARD_PLAIN),
-        ((256, 256), "bf16", BACKWARD_CAUSAL),
+        (None, (64, 64), "fp16", BACKWARD_CAUSAL),
+        (None, (128, 128), "bf16", BACKWARD_PLAIN),
+        (None, (128, 128), "bf16", BACKWARD_IN_TURN),
+        (None, (128, 128), "bf16", BACKWARD_CAUSAL | {"VARLEN": True}),
+        (None, (256, 128), "bf16", BACKWARD_PLAIN),
+        (None, (256, 256), "bf16", BACKWARD_CAUSAL),
+        (flash_bwd.TWO_PASSES, (256, 128), "bf16", BACKWARD_PLAIN),
+        (flash_bwd.TWO_PASSES, (256, 256), "bf16", BACKWARD_CAUSAL),
     ],
 )
 def test_backward_compiles_to_what_the_design_needs(
-    widths: tuple[int, int], dtype: str, flags: dict[str, int], tmp_path: Path
+    tile: flash_bwd.Tile | None, widths: tuple[int, int], dtype: str, flags: dict[str, int], tmp_path: Path
 ) -> None:
-    compiled = compile_backward(widths, dtype, flags, tmp_path)
-    assert_built_as_designed(compiled, flash_bwd.TILES[widths].registers)
+    tile = tile or flash_bwd.TILES[widths]
+    compiled = compile_backward(tile, widths, dtype, flags, tmp_path)
+    assert_built_as_designed(compiled, tile.registers)
     added_by_tma = any("UTMAREDG" in text for _, text in compiled.instructions)
-    assert added_by_tma == (flash_bwd.TILES[widths].sums_rows > 0)
+    assert added_by_tma == (tile.sums_rows > 0)
     inner = [body for body in main_loops(compiled.instructions) if sum("HGMMA" in text for text in body) <= 32]
     assert len(inner) >= 3
     for body in inner:

@@ -2,9 +2,11 @@
 
     python benchmarks/engine.py benchmarks/configs/qwen3-0.6b [--engine octavo vllm] [--seqs 256] [--json out.json]
 
-Random weights from a config.json, drawn as vLLM's load_format="dummy" draws them (uniform within ±0.001, norms too), so
-that both engines do the same work: a mixture of experts routes almost all tokens to the same few experts then, and most
-expert weights are never read. `--weights normal` (std 0.02, norms 1) routes to all.
+Random weights from a config.json, drawn as vLLM's load_format="dummy" draws them (uniform within ±0.001, norms too);
+`--weights normal`: std 0.02, norms 1. Router logits of such weights differ by 1e-5. vLLM's softmax over them is in
+bf16, where all scores are equal, so that every token has the same experts and most expert weights are never read; ours
+is in fp32 and tells them apart. `--routing tied` (the default) sets the routers' weights to 0, which gives both engines
+the same work; `--routing spread` leaves them as drawn.
 
 256 requests of 100 to 1024 prompt tokens and 100 to 1024 output tokens (seed 0), temperature 0.6, no end token, no
 prefix cache; twice, since the first run may still compile. Then one request of 128 tokens in, 256 out, greedy; the time
@@ -109,6 +111,10 @@ class Octavo:
             with torch.inference_mode():
                 for parameter in self.llm.engine.model.parameters():
                     parameter.uniform_(-1e-3, 1e-3)
+        if arguments.routing == "tied":
+            for module in self.llm.engine.model.modules():
+                if type(module).__name__ == "Router":
+                    torch.nn.init.zeros_(module.weight)
         self._watch()
 
     def _watch(self) -> None:
@@ -353,11 +359,11 @@ def seconds_on_device(call: Callable[[], None]) -> float:
 
 
 def measure(engine_class: type[Octavo] | type[VLLM], arguments: argparse.Namespace) -> dict[str, Any]:
-    workload, single = make_workload(arguments.seqs), make_single()
+    workload = make_workload(arguments.seqs)
     start = time.perf_counter()
     engine = engine_class(arguments)
     result: dict[str, Any] = {"engine": engine_class.__name__.lower(), "model": Path(arguments.directory).name}
-    result["weights"] = arguments.weights
+    result["weights"], result["routing"] = arguments.weights, arguments.routing
     result["start_s"] = round(time.perf_counter() - start, 2)
     result["first_generation_s"] = round(seconds_of(engine, [(workload[0][0], 8)], 0.6), 3)
     tokens = sum(length for _, length in workload)
@@ -377,24 +383,37 @@ def measure(engine_class: type[Octavo] | type[VLLM], arguments: argparse.Namespa
         result["at_full_batch"] = engine.host_work(int(arguments.seqs * 0.9))
         result["prefill_steps"] = engine.prefill_work()
         engine.steps.clear()
-    seconds_of(engine, single, 0.0)
-    result["single_ms_per_token"] = round(min(seconds_of(engine, single, 0.0) for _ in range(3)) / 256 * 1e3, 4)
-    long = max_model_len(arguments.directory) - 1
+    if "single" in arguments.parts:
+        measure_single(engine, result)
+    if "long" in arguments.parts:
+        measure_long(engine, max_model_len(arguments.directory) - 1, arguments.device, result)
     if isinstance(engine, Octavo):
-        result["alone"] = engine.host_work(1)
-    print(json.dumps(result), flush=True)
-    result["first_token_ms"] = {"prompt_tokens": long, "ms": round(time_to_first_token(engine, long) * 1e3, 2)}
-    if isinstance(engine, Octavo):
-        result["token_gaps_ms"] = engine.token_gaps(long)
         memory = engine.llm.engine.device_memory()
         result["memory"] = None if memory is None else memory.to_dict()
         result["kv_cache_blocks"] = engine.llm.engine.config.num_blocks
-        if arguments.device == "cuda" and engine.llm.engine.model.config.moe is None:
-            result["first_token_floor_ms"] = prefill_floor(engine, long)
         if arguments.profile:
             result["profile"] = engine.profile(workload, Path(arguments.profile))
     print(json.dumps(result), flush=True)
     return result
+
+
+def measure_single(engine: Octavo | VLLM, result: dict[str, Any]) -> None:
+    """One request alone: the best of three, after one."""
+    single = make_single()
+    seconds_of(engine, single, 0.0)
+    result["single_ms_per_token"] = round(min(seconds_of(engine, single, 0.0) for _ in range(3)) / 256 * 1e3, 4)
+    if isinstance(engine, Octavo):
+        result["alone"] = engine.host_work(1)
+    print(json.dumps(result), flush=True)
+
+
+def measure_long(engine: Octavo | VLLM, length: int, device: str, result: dict[str, Any]) -> None:
+    """Prompts of `length` tokens: the time to the first token, and the gaps that they make in other streams."""
+    result["first_token_ms"] = {"prompt_tokens": length, "ms": round(time_to_first_token(engine, length) * 1e3, 2)}
+    if isinstance(engine, Octavo):
+        result["token_gaps_ms"] = engine.token_gaps(length)
+        if device == "cuda" and engine.llm.engine.model.config.moe is None:
+            result["first_token_floor_ms"] = prefill_floor(engine, length)
 
 
 def environment() -> dict[str, str]:
@@ -410,6 +429,10 @@ def main() -> None:
     parser.add_argument("directory", help="holds a config.json")
     parser.add_argument("--engine", nargs="+", choices=["octavo", "vllm"], default=["octavo"])
     parser.add_argument("--weights", choices=["uniform", "normal"], default="uniform")
+    parser.add_argument("--routing", choices=["tied", "spread"], default="tied", help="of a mixture of experts")
+    parser.add_argument(
+        "--parts", nargs="*", choices=["single", "long"], default=["single", "long"], help="after the batch"
+    )
     parser.add_argument("--seqs", type=int, default=256)
     parser.add_argument("--batches", type=int, choices=[1, 2], default=2, help="how often to run the batch")
     parser.add_argument("--kv-cache-memory", type=int, help="bytes; default what is free")

@@ -1,5 +1,8 @@
 """The engine on a GPU answers as transformers does there, whatever the family, the batch and the way it runs."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -163,6 +166,26 @@ def test_the_default_cache_leaves_room_for_every_step(checkpoints):
     after = llm.engine.device_memory()
     assert (after.weights, after.kv_cache) == (before.weights, before.kv_cache)
     assert after.steps + after.allocator < 0.1 * free
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "llama3-8b", "deepseek-v2-lite"])
+def test_the_benchmark_models_serve(tmp_path, name):
+    """benchmarks/configs at full width, two layers (of DeepSeek: one dense, one of experts), bf16: prompts of all sizes
+    beside decodes, twice with the same tokens."""
+    config = json.loads((Path(__file__).parents[2] / "benchmarks" / "configs" / name / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    llm = make_llm(
+        tmp_path, dtype="auto", load_format="dummy", max_model_len=4096, max_num_seqs=256, kv_cache_memory=1 << 30,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    prompts = [[(7 * i + j) % 9000 for j in range(20 + i)] for i in range(256)] + [[5] * 4000, [6] * 700]
+    params = [
+        SamplingParams(temperature=0.6 * (i % 2), seed=i, ignore_eos=True, max_tokens=3 + i % 7)
+        for i in range(len(prompts))
+    ]
+    first = tokens(llm, prompts, params)
+    assert [len(ids) for ids in first] == [p.max_tokens for p in params]
+    assert tokens(llm, prompts, params) == first
 
 
 def test_aborts_under_a_step_in_flight(checkpoints):

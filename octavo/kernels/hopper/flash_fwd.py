@@ -205,7 +205,7 @@ def first_rows_of_pages(table, block, len_k, desc, BLOCK_N: gl.constexpr, PAGE: 
     for piece in gl.static_range(BLOCK_N // ROWS):
         key = block * BLOCK_N + piece * ROWS
         page = gl.load(table + key // PAGE, mask=key < len_k, other=0)
-        rows = rows + (page * PAGE + key % PAGE,)  # noqa: RUF005 (Triton has no unpacking)
+        rows = rows + (page * PAGE + key % PAGE,)  # type: ignore[assignment]  # noqa: RUF005 (Triton cannot unpack)
     return rows
 
 

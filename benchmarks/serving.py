@@ -22,7 +22,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -288,12 +288,18 @@ def _usage(chunk: bytes) -> int:
     return 0
 
 
-def measure(plan: Plan, levels: list[int]) -> list[dict[str, float]]:
-    """A table of load levels, after a short warm-up."""
+Watch = Callable[[], AbstractContextManager[list[float]]]
+
+
+def measure(plan: Plan, levels: list[int], watch: Watch = lambda: nullcontext([])) -> list[dict[str, float]]:
+    """A table of load levels, after a short warm-up. watch: `others_share`, where the server is a child of ours."""
     asyncio.run(run_load(plan, 2, requests_each=1))
     rows = []
     for clients in levels:
-        rows.append(asyncio.run(run_load(plan, clients)).summary())
+        with watch() as share:
+            rows.append(asyncio.run(run_load(plan, clients)).summary())
+        if share:
+            rows[-1]["others_took"] = round(share[0], 3)
         print("  ", rows[-1], flush=True)
     return rows
 
@@ -481,7 +487,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     if "octavo" in arguments.only:
         print("octavo serve", flush=True)
         with server(octavo_command(port, "--max-model-len", "1024"), url):
-            report["octavo"] = measure(Plan(url, arguments.seconds, extra={"ignore_eos": True}), levels)
+            report["octavo"] = measure(Plan(url, arguments.seconds, extra={"ignore_eos": True}), levels, others_share)
     if "llama.cpp" in arguments.only and arguments.peer_python:
         from octavo.models import default_model_path
 
@@ -489,14 +495,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         command = [arguments.peer_python, "-c", LLAMA, str(default_model_path()), str(port), str(threads)]
         with server(command, url):
             plan = Plan(url, arguments.seconds, extra={"ignore_eos": True, "cache_prompt": False})
-            report["llama.cpp"] = measure(plan, levels)
+            report["llama.cpp"] = measure(plan, levels, others_share)
     if "transformers" in arguments.only and arguments.transformers:
         print("transformers serve", flush=True)
         command = [sys.executable, "-m", "transformers.cli.transformers", "serve", arguments.transformers]
         command += ["--port", str(port), "--device", "cpu", *arguments.transformers_option]
         with server(command, url):
             plan = Plan(url, arguments.seconds, model=arguments.transformers)
-            report["transformers"] = measure(plan, levels)
+            report["transformers"] = measure(plan, levels, others_share)
     if "first-byte" in arguments.only:
         report["first_byte"] = first_byte(threads, port)
         print("   ", report["first_byte"], flush=True)

@@ -8,8 +8,8 @@ by key. Both see 64 keys and, for block i of queries,
     meanwhile P(i) = exp2 of S(i)              →   dP(i+1) = V·dO(i+1)ᵀ
     dV += P(i)·dO(i)                               dK += dS(i)·Q(i)
 
-P crosses over through shared memory in 16 bits. Summing dQ in memory as `backward_kernel` does would move 64 KB for
-every 64 keys and queries, which the L2 adds at some 2 TB/s: more time than computing S and dP a second time.
+P crosses over through shared memory in 16 bits. It serves deterministic calls; `backward_wide_kernel`, which sums dQ in
+memory in any order, is faster.
 """
 
 from triton.experimental import gluon

@@ -1,12 +1,12 @@
 """Backward attention for Hopper (sm_90): dense and varlen, grouped heads, causal, sliding window, softcap, sinks.
 
-Head sizes up to 128 take three launches: δ and zeros for the sums of dQ; the products, with dK and dV in registers and
-dQ summed in fp32 by TMA (`backward_kernel`); dQ scaled and in order. The sums of dQ come in any order, so its last bits
-differ between runs; with `deterministic` each query block's sums come in a fixed one. Beside the gradients they need dQ
-in fp32 and one fp32 number for each query and head (δ).
+A call takes three launches: δ and zeros for the sums of dQ; the products, with dK and dV in registers and dQ summed in
+fp32 by TMA (`backward_kernel`, above head size 128 `backward_wide_kernel`); dQ scaled and in order. The sums of dQ come
+in any order, so its last bits differ between runs. Beside the gradients it needs dQ in fp32 and one fp32 number for each
+query and head (δ).
 
-Above 128 adding dQ up in memory is what would take the time. There dK and dV have a kernel (`dkdv_kernel`) and dQ has
-the Triton backend's, which computes S and dP once more; gradients repeat bit for bit, and δ is all it needs.
+With `deterministic` each query block's sums come in a fixed order. Above 128 there are no sums then: dK and dV have a
+kernel (`dkdv_kernel`) and dQ has the Triton backend's, which computes S and dP once more.
 """
 
 import math

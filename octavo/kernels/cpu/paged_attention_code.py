@@ -7,9 +7,12 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
 
+from octavo.kernels.cpu.dense_tiles_code import as_bf16, make_copy_row, multiply_add
+from octavo.kernels.cpu.jit import cpu
 from octavo.kernels.cpu.paged_attention import MAX_ROWS, TILE
 from octavo.kernels.cpu.simd import (
     F32,
+    I16,
     I32,
     I64,
     LANES,
@@ -29,6 +32,7 @@ from octavo.kernels.cpu.simd import (
 
 DIRECT_ROWS = 7  # up to here keys are multiplied where they lie
 TILE_COST = 4  # what a tile costs beside its rows, in rows
+REGISTERS = 24  # of 32, for what stays in them
 _SIZES = {"f32": 4, "f16": 2, "bf16": 2}
 _jit = njit(error_model="numpy")
 
@@ -60,29 +64,47 @@ def make_store_row(width, dtype):
     return emitted(emit)
 
 
-def make_scores_direct(rows, head_dim, dtype):
-    """scores[rows, 16] of 16 keys read where they lie; `keys` holds their addresses, `upcoming` those to prefetch."""
-    width, size = head_dim // LANES, _SIZES[dtype]
+def make_scores_direct(rows, head_dim, dtype, pairs):
+    """scores[rows, 16] of 16 keys read where they lie; `keys` holds their addresses, `upcoming` those to prefetch.
 
-    def emit(code, queries, keys, upcoming, scores):
+    With `pairs`, queries are bf16, as the keys, and not scaled yet: a lane multiplies two neighbours of each.
+    """
+    size = _SIZES[dtype]
+    width = head_dim // (2 * LANES if pairs else LANES)
+
+    def load_key(code, address, i):
+        if pairs:
+            return code.load(code.offset(address, 64 * i), vector(F32))
+        return code.load_floats(code.offset(address, LANES * size * i), dtype)
+
+    def products(code, q, keys, upcoming, first, count):
+        """Sums of each row with keys first … first + count, in 16 / count lanes each."""
+        if count > 1:
+            halves = [products(code, q, keys, upcoming, first + half * count // 2, count // 2) for half in range(2)]
+            return [code.add_halves(x, y, 2 * LANES // count) for x, y in zip(*halves, strict=True)]
+        code.prefetch(code.load(code.offset(upcoming, 8 * first), I64), head_dim * size)
+        key = code.load(code.offset(keys, 8 * first), I64)
+        k = [load_key(code, key, i) for i in range(width)]
+        sums = [code.constant(0.0)] * rows
+        for i in range(width):
+            sums = [multiply_add(code, q[r][i], k[i], sums[r], pairs) for r in range(rows)]
+        return sums
+
+    def emit(code, scale, queries, keys, upcoming, scores):
         q = [
             [code.load(code.offset(queries, 4 * (r * head_dim + LANES * i)), vector(F32)) for i in range(width)]
             for r in range(rows)
         ]
-
-        def products(first, count):
-            if count > 1:
-                halves = [products(first + half * count // 2, count // 2) for half in range(2)]
-                return [code.add_halves(x, y, 2 * LANES // count) for x, y in zip(*halves, strict=True)]
-            code.prefetch(code.load(code.offset(upcoming, 8 * first), I64), head_dim * size)
-            key = code.load(code.offset(keys, 8 * first), I64)
-            k = [code.load_floats(code.offset(key, LANES * size * i), dtype) for i in range(width)]
-            sums = [code.b.fmul(q[r][0], k[0]) for r in range(rows)]
-            for i in range(1, width):
-                sums = [code.fma(q[r][i], k[i], sums[r]) for r in range(rows)]
-            return sums
-
-        for r, total in enumerate(products(0, LANES)):
+        quarters = code.b.ptrtoint(cgutils.alloca_once(code.b, vector(F32), size=4 * rows), I64)
+        with cgutils.for_range(code.b, I64(4)) as loop:  # given 16 keys at once, LLVM orders them so that sums spill
+            four = [code.offset(x, (loop.index, 8 * 4)) for x in (keys, upcoming)]
+            for r, total in enumerate(products(code, q, *four, 0, 4)):
+                code.store(total, code.offset(quarters, (loop.index, 4 * LANES), 4 * 4 * LANES * r))
+        for r in range(rows):
+            a, b, c, d = (code.load(code.offset(quarters, 4 * LANES * (4 * r + i)), vector(F32)) for i in range(4))
+            total = code.add_halves(code.add_halves(a, b, 4), code.add_halves(c, d, 4), 2)
+            if pairs:
+                total = code.b.fmul(total, code.splat_load(scale, F32))
             code.store(total, code.offset(scores, 4 * r * TILE))
 
     return emitted(emit)
@@ -121,30 +143,55 @@ def make_scores_packed(rows, head_dim):
     return emitted(emit)
 
 
-def make_add_values(rows, head_dim_v, dtype):
-    """sums[rows, head_dim_v] += weights[rows, count] · values; `values` and `upcoming` hold addresses."""
-    width, size = head_dim_v // LANES, _SIZES[dtype]
-    cells = [(r, i) for r in range(rows) for i in range(width)]
+def make_add_values(rows, head_dim_v, dtype, pairs):
+    """sums[rows, head_dim_v] += weights[rows, keys] · values; `values` and `upcoming` hold addresses.
 
-    def emit(code, weights, values, upcoming, count, sums):
-        at = {(r, i): code.offset(sums, 4 * (r * head_dim_v + LANES * i)) for r, i in cells}
-        totals = {cell: code.variable(code.load(at[cell], vector(F32))) for cell in cells}
-        with cgutils.for_range(code.b, count) as loop:
-            code.prefetch(code.load(code.offset(upcoming, (loop.index, 8)), I64), head_dim_v * size)
-            value = code.load(code.offset(values, (loop.index, 8)), I64)
-            v = [code.load_floats(code.offset(value, LANES * size * i), dtype) for i in range(width)]
-            for r in range(rows):
-                p = code.splat_load(code.offset(weights, (loop.index, 4), 4 * TILE * r), F32)
-                for i in range(width):
-                    code.b.store(code.fma(p, v[i], code.b.load(totals[r, i])), totals[r, i])
-        for cell in cells:
-            code.store(code.b.load(totals[cell]), at[cell])
+    As many columns at a time as stay in registers, so that a value is widened once for all rows. With `pairs`, weights
+    are bf16, a step takes two keys, and a lane adds their two products. `steps`: of keys, or of pairs.
+    """
+    width, size = head_dim_v // LANES, _SIZES[dtype]
+    keys = 2 if pairs else 1
+    columns = max(n for n in range(keys, width + 1, keys) if width % n == 0 and (rows * n <= REGISTERS or n == keys))
+    cells = [(r, i) for r in range(rows) for i in range(columns)]
+    both = [[i + LANES * half for pair in range(LANES) for i in (pair, pair + 2 * LANES)] for half in range(2)]
+
+    def load_values(code, addresses, first):
+        if not pairs:
+            return [
+                code.load_floats(code.offset(addresses[0], size * LANES * (first + i)), dtype) for i in range(columns)
+            ]
+        values = []
+        for i in range(first, first + columns, 2):
+            one, two = (code.load(code.offset(a, size * LANES * i), vector(I16, 2 * LANES)) for a in addresses)
+            masks = [ir.Constant(vector(I32, 2 * LANES), half) for half in both]
+            values += [code.b.bitcast(code.b.shuffle_vector(one, two, mask), vector(F32)) for mask in masks]
+        return values
+
+    def emit(code, weights, values, upcoming, steps, sums):
+        for first in range(0, width, columns):
+            at = {(r, i): code.offset(sums, 4 * (r * head_dim_v + LANES * (first + i))) for r, i in cells}
+            totals = {cell: code.variable(code.load(at[cell], vector(F32))) for cell in cells}
+            with cgutils.for_range(code.b, steps) as loop:
+                at_step = [(loop.index, 8 * keys, 8 * key) for key in range(keys)]
+                if first == 0:
+                    for index, factor, shift in at_step:
+                        code.prefetch(code.load(code.offset(upcoming, (index, factor), shift), I64), head_dim_v * size)
+                addresses = [code.load(code.offset(values, (i, factor), shift), I64) for i, factor, shift in at_step]
+                v = load_values(code, addresses, first)
+                for r in range(rows):
+                    p = code.splat_load(code.offset(weights, (loop.index, 4), 4 * TILE * r), F32)
+                    for i in range(columns):
+                        total = multiply_add(code, p, v[i], code.b.load(totals[r, i]), pairs)
+                        code.b.store(total, totals[r, i])
+            for cell in cells:
+                code.store(code.b.load(totals[cell]), at[cell])
 
     return emitted(emit)
 
 
-def make_softmax_row(head_dim_v, with_softcap):
-    """One row's step of the online softmax: scores become weights; maximum, total and sums are brought up to date.
+def make_softmax_row(head_dim_v, with_softcap, pairs):
+    """One row's step of the online softmax: scores become weights (bf16 with `pairs`, in the first half of their
+    place); maximum, total and sums are brought up to date.
 
     `low` and `high` bound the visible keys of the tile; `softcap` is the address of the cap and its inverse.
     """
@@ -177,7 +224,10 @@ def make_softmax_row(head_dim_v, with_softcap):
         with cgutils.for_range(b, groups) as loop:
             at = code.offset(scores, (loop.index, 4 * LANES))
             p = code.exp(b.fsub(code.load(at, vector(F32)), code.splat(base)))
-            code.store(p, at)
+            if pairs:
+                code.store(as_bf16(code, p), code.offset(scores, (loop.index, 2 * LANES)))
+            else:
+                code.store(p, at)
             b.store(b.fadd(b.load(running), p), running)
         fade = code.exp(b.fsub(before, base))
         tile_total = code.reduce("add", b.load(running))
@@ -220,8 +270,10 @@ def by_rows(pieces):
 class Layout:
     """Where things are in a thread's scratch, in bytes; first are scale, softcap, 1 / softcap, a spare, a factor."""
 
-    def __init__(self, head_dim, head_dim_v):
-        self.head_dim, self.head_dim_v = head_dim, head_dim_v
+    def __init__(self, head_dim, head_dim_v, kv_type):
+        self.head_dim, self.head_dim_v, self.kv_type = head_dim, head_dim_v, kv_type
+        # products of bf16 pairs, two an instruction
+        self.pairs = kv_type == "bf16" and "avx512bf16" in cpu()[1] and head_dim % 32 == head_dim_v % 32 == 0
         self.queries = 64
         self.keys = self.queries + 4 * MAX_ROWS * head_dim
         self.scores = self.keys + 4 * TILE * head_dim
@@ -232,21 +284,24 @@ class Layout:
         self.partial = self.totals + 4 * MAX_ROWS  # size of one result
 
 
-def make_scores(layout, kv_type):
+def make_scores(layout):
     """All scores of one tile."""
-    head_dim, registers = layout.head_dim, 24 * LANES  # fp32 sums that stay in registers
-    most = max(1, min(4, registers // head_dim))
-    direct, direct_rows = by_rows([make_scores_direct(n, head_dim, kv_type) for n in range(1, most + 1)])
-    packed, packed_rows = by_rows([make_scores_packed(n, head_dim) for n in range(1, registers // TILE + 1)])
+    head_dim, kv_type, pairs = layout.head_dim, layout.kv_type, layout.pairs
+    width = head_dim // (2 * LANES if pairs else LANES)
+    most = max(1, min(4, REGISTERS // width))
+    direct, direct_rows = by_rows([make_scores_direct(n, head_dim, kv_type, pairs) for n in range(1, most + 1)])
+    packed_most = REGISTERS * LANES // TILE
+    packed, packed_rows = by_rows([make_scores_packed(n, head_dim) for n in range(1, packed_most + 1)])
     transpose_keys = make_transpose_keys(head_dim, kv_type)
 
     @_jit
-    def score(rows, groups, queries, keys, upcoming, transposed, scores):
+    def score(scratch, rows, groups, queries, keys, upcoming, transposed, scores):
         if rows <= DIRECT_ROWS:
             for r in range(0, rows, direct_rows):
                 for g in range(groups):
                     at, to = 8 * LANES * g, scores + 4 * r * TILE + 4 * LANES * g
-                    direct(min(direct_rows, rows - r), (queries + 4 * r * head_dim, keys + at, upcoming + at, to))
+                    pointers = (scratch, queries + 4 * r * head_dim, keys + at, upcoming + at, to)
+                    direct(min(direct_rows, rows - r), pointers)
         else:
             for g in range(groups):
                 transpose_keys((keys + 8 * LANES * g, transposed + 4 * LANES * g))
@@ -256,21 +311,21 @@ def make_scores(layout, kv_type):
     return score
 
 
-def make_run_tile(layout, kv_type):
+def make_run_tile(layout):
     """Scores, softmax and values of one tile."""
-    score = make_scores(layout, kv_type)
+    score = make_scores(layout)
     head_dim_v, maxima, totals = layout.head_dim_v, layout.maxima, layout.totals
     queries_at, keys_at, scores_at, sums_at = layout.queries, layout.keys, layout.scores, layout.sums
-    most = max(1, min(6, 24 * LANES // head_dim_v))
-    add_values, value_rows = by_rows([make_add_values(n, head_dim_v, kv_type) for n in range(1, most + 1)])
-    softmax_plain, softmax_capped = (make_softmax_row(head_dim_v, capped) for capped in (False, True))
+    kv_type, pairs = layout.kv_type, layout.pairs
+    add_values, value_rows = by_rows([make_add_values(n, head_dim_v, kv_type, pairs) for n in range(1, 7)])
+    softmax_plain, softmax_capped = (make_softmax_row(head_dim_v, capped, pairs) for capped in (False, True))
 
     @_jit
     def run_tile(scratch, addresses, upcoming, rows, count, capped, group, position, window_left, window_right):
         """`position`: of the first row, from the tile's first key on; `upcoming`: the next tile's addresses."""
         scores, sums = scratch + scores_at, scratch + sums_at
         groups = (count + LANES - 1) // LANES
-        score(rows, groups, scratch + queries_at, addresses, upcoming, scratch + keys_at, scores)
+        score(scratch, rows, groups, scratch + queries_at, addresses, upcoming, scratch + keys_at, scores)
         for r in range(rows):
             at = position + r // group
             low = at - window_left if window_left >= 0 else 0
@@ -282,9 +337,10 @@ def make_run_tile(layout, kv_type):
             else:
                 softmax_plain(row)
         values, upcoming_values = addresses + 8 * TILE, upcoming + 8 * TILE
+        steps = (count + 1) // 2 if pairs else count  # the last pair may hold the last key twice, once without weight
         for r in range(0, rows, value_rows):
             row_scores, row_sums = scores + 4 * r * TILE, sums + 4 * r * head_dim_v
-            add_values(min(value_rows, rows - r), (row_scores, values, upcoming_values, count, row_sums))
+            add_values(min(value_rows, rows - r), (row_scores, values, upcoming_values, steps, row_sums))
 
     return run_tile
 
@@ -296,24 +352,48 @@ def find_keys(p, target, sequence, head, start, count):
     table = i32(int_argument(p, 21) + 4 * sequence * int_argument(p, 22))
     k = int_argument(p, 10) + head * int_argument(p, 15)
     v = int_argument(p, 11) + head * int_argument(p, 18)
+    k_block, k_step, v_block, v_step = (
+        int_argument(p, 13),
+        int_argument(p, 14),
+        int_argument(p, 16),
+        int_argument(p, 17),
+    )
     addresses = i64(target)
     index, slot = start // block_size, start % block_size
-    for j in range(count):  # no division per key: it would take a quarter of a decode tile's time
-        addresses[j] = k + table[index] * int_argument(p, 13) + slot * int_argument(p, 14)
-        addresses[TILE + j] = v + table[index] * int_argument(p, 16) + slot * int_argument(p, 17)
-        slot += 1
-        if slot == block_size:
-            index, slot = index + 1, 0
+    j = 0
+    while (
+        j < count
+    ):  # block by block: a division or a look-up for each key would take a quarter of a decode tile's time
+        at_k, at_v = k + table[index] * k_block + slot * k_step, v + table[index] * v_block + slot * v_step
+        for i in range(j, min(count, j + block_size - slot)):
+            addresses[i], addresses[TILE + i] = at_k, at_v
+            at_k, at_v = at_k + k_step, at_v + v_step
+        j, index, slot = j + block_size - slot, index + 1, 0
     for j in range(count, TILE):
         addresses[j] = addresses[count - 1]
         addresses[TILE + j] = addresses[TILE + count - 1]
+
+
+def make_load_query(layout, io_type):
+    """A query as the scores want it: scaled fp32, or bf16 as it is."""
+    pairs = layout.pairs
+    load_row, copy_row = make_load_row(layout.head_dim, io_type), make_copy_row(layout.head_dim, io_type, True)
+
+    @_jit
+    def load_query(rows, scratch, source, target):
+        if pairs and rows <= DIRECT_ROWS:
+            copy_row((source, target))
+        else:
+            load_row((source, scratch, target))
+
+    return load_query
 
 
 def make_rows(layout, io_type):
     """(begin_rows, write_rows, merge_into): an item's rows before, after and between its tiles."""
     head_dim, head_dim_v, maxima, totals = layout.head_dim, layout.head_dim_v, layout.maxima, layout.totals
     queries_at, sums_at, io_size = layout.queries, layout.sums, _SIZES[io_type]
-    load_row, store_row = make_load_row(head_dim, io_type), make_store_row(head_dim_v, io_type)
+    load_query, store_row = make_load_query(layout, io_type), make_store_row(head_dim_v, io_type)
 
     @_jit
     def begin_rows(p, scratch, group, rows, first_row, head):
@@ -321,7 +401,7 @@ def make_rows(layout, io_type):
         for r in range(rows):
             h = head * group + r % group
             source = int_argument(p, 0) + (first_row + r // group) * int_argument(p, 1) + h * int_argument(p, 2)
-            load_row((source, scratch, scratch + queries_at + 4 * r * head_dim))
+            load_query(rows, scratch, source, scratch + queries_at + 4 * r * head_dim)
             f32(sums + maxima)[r] = -math.inf
             f32(sums + totals)[r] = 0.0
         for i in range(rows * head_dim_v):
@@ -493,11 +573,11 @@ def make_attention(head_dim, head_dim_v, io_type, kv_type):
     in the scratch's last partial result, one that began on an earlier thread in the first; the thread on which an
     item began joins the pieces.
     """
-    layout = Layout(head_dim, head_dim_v)
+    layout = Layout(head_dim, head_dim_v, kv_type)
     sums_at = layout.sums
     begin_rows, write_rows, merge_into = make_rows(layout, io_type)
     keep_piece, join_pieces = make_pieces(layout, merge_into)
-    run_piece = make_run_piece(layout, begin_rows, make_run_tile(layout, kv_type))
+    run_piece = make_run_piece(layout, begin_rows, make_run_tile(layout))
 
     @_jit
     def attend(p, me, threads, merging):

@@ -115,8 +115,17 @@ def test_sinks_share_the_denominator(threads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_caches(dtype: torch.dtype) -> None:
-    check(make_call([1, 30], [299, 170], head_dim=32, heads=(4, 4), dtype=dtype))
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [((4, 4), 32), ((9, 3), 64), ((32, 8), 128), ((7, 1), 64), ((6, 2), 48), ((2, 2), 256)]
+)
+def test_half_precision_caches(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, threads: int) -> None:
+    """bf16 by products of pairs where the CPU has them, whose last pair may be half empty."""
+    check(make_call([1, 1, 30, 1], [299, 170, 40, 66], head_dim=head_dim, heads=heads, dtype=dtype))
+
+
+@pytest.mark.parametrize("options", [{"window_left": 37}, {"softcap": 5.0}])
+def test_options_of_bf16(options: dict[str, float]) -> None:
+    check(make_call([1, 3, 1], [298, 171, 5], dtype=torch.bfloat16, sink=True, **options), factor=3)
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 64])

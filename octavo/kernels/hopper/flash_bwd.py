@@ -2,8 +2,8 @@
 
 A call takes three launches: δ and zeros for the sums of dQ; the products, with dK and dV in registers and dQ summed in
 fp32 by TMA (`backward_kernel`, above head size 128 `backward_wide_kernel`); dQ scaled and in order. The sums of dQ come
-in any order, so its last bits differ between runs. Beside the gradients it needs dQ in fp32 and one fp32 number for each
-query and head (δ).
+in any order, so its last bits differ between runs. Beside the gradients it needs dQ in fp32 and one fp32 number for
+each query and head (δ).
 
 With `deterministic` each query block's sums come in a fixed order. Above 128 there are no sums then: dK and dV have a
 kernel (`dkdv_kernel`) and dQ has the Triton backend's, which computes S and dP once more.

@@ -151,9 +151,11 @@ def assert_built_as_designed(compiled: Compiled, registers: int) -> None:
         ((64, 64), "bf16", EVERYTHING),
         ((128, 128), "fp16", PLAIN),
         ((128, 128), "fp16", EVERYTHING),
+        ((64, 64), "bf16", PAGED),
         ((128, 128), "bf16", PAGED),
         ((256, 128), "bf16", CAUSAL),
         ((256, 256), "bf16", PLAIN),
+        ((256, 256), "bf16", PAGED),
         ((256, 256), "bf16", EVERYTHING),
     ],
 )

@@ -55,14 +55,14 @@ BLOCK_N = gl.constexpr(128)  # keys of one thread block, 64 a warpgroup
 
 @gluon.jit
 def step(  # noqa: PLR0915 (a step is one schedule)
-    m, index, total, sums, s, dk, dv, scores, keys, col, smem, bars,
+    m, index, total, sums, last, s, dk, dv, scores, keys, col, smem, bars,
     wg: gl.constexpr, MASK: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
     IN_TURN: gl.constexpr,
 ):  # fmt: skip
     """Query block m of ring entry `index`, whose scores s come in; those of the next go out."""
     q_smem, k_smem, v_smem, g_smem, ds_smem, lse_smem, delta_smem, acc_smem = smem
     q_full, g_full, stat_full = bars
-    acc_desc, acc_row, turns, last = sums
+    acc_desc, acc_row, turns, first_turn = sums
     BLOCK_M: gl.constexpr = q_smem.shape[-3]
     D: gl.constexpr = q_smem.shape[-1]
     Q_STAGES: gl.constexpr = q_smem.shape[0]
@@ -87,9 +87,6 @@ def step(  # noqa: PLR0915 (a step is one schedule)
     if SOFTCAP:
         p = p * (1 - t * t)
     dp = warpgroup_mma_wait(1, [dp])
-    seen = 0
-    if IN_TURN:
-        seen = look_at(turns + m * NUM_WG + wg)
     ds = pack_pairs(p * dp, dtype)
     half = (index & 1) * NUM_WG
     ds_smem.index(half + wg).store(unpack_pairs(ds, dtype, S_LAYOUT))
@@ -107,6 +104,9 @@ def step(  # noqa: PLR0915 (a step is one schedule)
         else:
             ds_piece = ds_piece.slice(wg * 64, 64, dim=1)
         dq = warpgroup_mma(ds_piece.permute((1, 0)), k_piece, dq, use_acc=piece > 0, is_async=True)
+    seen = 0
+    if IN_TURN:
+        seen = look_at(turns + first_turn + m * NUM_WG + wg)
     b = as_operand(ds, dk, dtype)
     if BLOCK_M == 128 and not FITS_THREE_PRODUCTS:
         dk = warpgroup_mma(b, q, dk, is_async=True)
@@ -118,10 +118,11 @@ def step(  # noqa: PLR0915 (a step is one schedule)
         dk = warpgroup_mma(b, q, dk, is_async=True)
         dq = warpgroup_mma_wait(2, [dq])
     if IN_TURN:
-        give_turn(last, index > 0)
-        last = turns + m * NUM_WG + wg
+        give_turn(turns + last, index > 0)
+        last = first_turn + m * NUM_WG + wg
     turn = turn_of(m, col, scores, BLOCK_M, BLOCK_N, RIGHT)
-    add_rows(dq, acc_desc, acc_row + m * (BLOCK_M * D // 32) + wg * 128, acc_smem.index(wg), last, turn, seen, IN_TURN)
+    acc_row += m * (BLOCK_M * D // 32) + wg * 128
+    add_rows(dq, acc_desc, acc_row, acc_smem.index(wg), turns + last, turn, seen, IN_TURN)
     s, dk, b = warpgroup_mma_wait(0, [s, dk, b])
     barrier_arrive(Q_EMPTY + q_stage, 128 * (NUM_WG + 1))
     return last, s, dk, dv
@@ -129,15 +130,14 @@ def step(  # noqa: PLR0915 (a step is one schedule)
 
 @gluon.jit
 def walk(
-    m, stop, index, total, sums, s, dk, dv, scores, keys, col, smem, bars,
+    m, stop, index, total, sums, last, s, dk, dv, scores, keys, col, smem, bars,
     wg: gl.constexpr, MASK: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
     IN_TURN: gl.constexpr,
 ):  # fmt: skip
     """Query blocks [m, stop) of one head."""
-    acc_desc, acc_row, turns, last = sums
     while m < stop:
         last, s, dk, dv = step(
-            m, index, total, (acc_desc, acc_row, turns, last), s, dk, dv, scores, keys, col, smem, bars,
+            m, index, total, sums, last, s, dk, dv, scores, keys, col, smem, bars,
             wg, MASK, RIGHT, LEFT, SOFTCAP, IN_TURN,
         )  # fmt: skip
         index += 1
@@ -174,26 +174,25 @@ def consume(
     s = issue_transposed(as_rows(k_smem.index(wg)), as_rows(q_smem.index(0)))
     s = warpgroup_mma_wait(0, [s])
     index = 0
-    last = turns
+    last = 0
     for member in range(group):
         tile = first_tile + (head_k * group + member) * head_tiles
-        acc_row = tile * (BLOCK_M * D // 32)
-        head_turns = turns + tile * NUM_WG
+        sums = (acc_desc, tile * (BLOCK_M * D // 32), turns, tile * NUM_WG)
         index, last, s, dk, dv = walk(
-            begin, clear_begin, index, total, (acc_desc, acc_row, head_turns, last), s, dk, dv, scores, keys, col, smem,
+            begin, clear_begin, index, total, sums, last, s, dk, dv, scores, keys, col, smem,
             (q_full, g_full, stat_full), wg, True, RIGHT, LEFT, SOFTCAP, IN_TURN,
         )  # fmt: skip
         index, last, s, dk, dv = walk(
-            clear_begin, clear_end, index, total, (acc_desc, acc_row, head_turns, last), s, dk, dv, scores, keys, col,
+            clear_begin, clear_end, index, total, sums, last, s, dk, dv, scores, keys, col,
             smem, (q_full, g_full, stat_full), wg, False, RIGHT, LEFT, SOFTCAP, IN_TURN,
         )  # fmt: skip
         if LEFT:
             index, last, s, dk, dv = walk(
-                clear_end, end, index, total, (acc_desc, acc_row, head_turns, last), s, dk, dv, scores, keys, col, smem,
+                clear_end, end, index, total, sums, last, s, dk, dv, scores, keys, col, smem,
                 (q_full, g_full, stat_full), wg, True, RIGHT, LEFT, SOFTCAP, IN_TURN,
             )  # fmt: skip
     if IN_TURN:
-        give_turn(last, total > 0)
+        give_turn(turns + last, total > 0)
     barrier_sync(DS_FULL, 128 * NUM_WG)  # both have read all of K
     coord = box_at(batch, start_k, len_k, first_key, head_k, VARLEN)
     write_gradient(dv, dv_desc, coord, v_smem.index(wg))

@@ -41,7 +41,7 @@ class TableEntries(NamedTuple):
     blocks: NDArray[np.int64]
 
 
-_NO_ENTRIES = TableEntries(*(np.empty(0, dtype=np.int64) for _ in range(3)))
+NO_ENTRIES = TableEntries(*(np.empty(0, dtype=np.int64) for _ in range(3)))
 
 
 class PlainDraws(NamedTuple):
@@ -122,7 +122,7 @@ class DecodeGraphs:
         size = self.sizes[bisect_left(self.sizes, count)]
         if len(entries.slots) > size:  # prompts were computed in between
             self._tables.index_put_(*self._send(entries))
-            entries = _NO_ENTRIES
+            entries = NO_ENTRIES
         self._stage(count, size, slots, positions, places, entries)
         if plain is not None:
             self._stage_draws(count, plain)
@@ -206,7 +206,7 @@ class DecodeGraphs:
         runs once eagerly before: kernels are compiled and libraries make their handles then, which must not happen
         while a graph is recorded."""
         nothing = np.empty(0, dtype=np.int64)
-        self._stage(0, self.sizes[-1], nothing, nothing, nothing, _NO_ENTRIES)
+        self._stage(0, self.sizes[-1], nothing, nothing, nothing, NO_ENTRIES)
         self._fields.copy_(self._staging[0])
         pool = None
         for size in tqdm(sizes[::-1], "Recording decode graphs", delay=1.0, leave=False):

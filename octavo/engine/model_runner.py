@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from octavo.engine.decode_graphs import DecodeGraphs, GraphOutput, PlainDraws, TableEntries
+from octavo.engine.decode_graphs import NO_ENTRIES, DecodeGraphs, GraphOutput, PlainDraws, TableEntries
 from octavo.engine.kv_cache import PagedKVCache
 from octavo.engine.outputs import Logprob
 from octavo.engine.request import Sequence
@@ -39,6 +39,7 @@ class BlockTables:
         self.slots = np.empty(0, dtype=np.int64)  # of the batch's sequences, in order
         self._filled = np.zeros(max_num_seqs, dtype=np.int64)  # leading entries of each row that are right
         self._sent = np.zeros(max_num_seqs, dtype=np.int64)  # and those of them that `unsent` has given out
+        self._all_sent = True
         self._slot_of: dict[int, int] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._sequences: list[Sequence] = []
@@ -54,13 +55,17 @@ class BlockTables:
 
     def grow(self, indices: NDArray[np.int64]) -> None:
         """The same batch again, where only the sequences at `indices` took more blocks."""
-        for i in indices:
+        for i in indices.tolist():
             slot, blocks = self.slots[i], self._sequences[i].block_table
             self.table[slot, self._filled[slot] : len(blocks)] = blocks[self._filled[slot] :]
             self._filled[slot] = len(blocks)
+            self._all_sent = False
 
     def unsent(self) -> TableEntries:
         """The entries of the batch that are new since the last call."""
+        if self._all_sent:
+            return NO_ENTRIES
+        self._all_sent = True
         slots = self.slots[self._filled[self.slots] != self._sent[self.slots]]
         counts = self._filled[slots] - self._sent[slots]
         firsts = np.repeat(self._sent[slots] - (counts.cumsum() - counts), counts)

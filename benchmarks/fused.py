@@ -28,6 +28,7 @@ COPY_RATE, PRODUCT_RATE = 3.02e12, 700e12  # bytes/s, FLOP/s
 def graph_microseconds(calls: Sequence[Callable[[], Any]], replays: int = 7) -> float:
     """Best of a few replays of one graph of all calls, per call."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be making what the calls read
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()

@@ -168,6 +168,7 @@ def test_the_default_cache_leaves_room_for_every_step(checkpoints):
     assert after.steps + after.allocator < 0.1 * free
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "llama3-8b", "deepseek-v2-lite"])
 def test_the_benchmark_models_serve(tmp_path, name):
     """benchmarks/configs at full width, two layers (of DeepSeek: one dense, one of experts), bf16: prompts of all sizes

@@ -17,7 +17,7 @@ KINDS = {  # first match wins
     "combining parts": ("combine",),
     "experts": ("grouped", "pair_", "route", "sort_kernel"),
     "matrix products": ("nvjet", "gemm", "gemv", "cutlass", "splitK"),
-    "sampling": ("sample", "finish_kernel", "weigh_part", "gather_part"),
+    "sampling": ("first_pass", "best_kernel", "truncate", "weigh_kernel", "sample"),
     "norm, rotation, activation": ("norm", "rotate", "activation", "absorb", "values_kernel"),
     "other": ("",),
 }
@@ -38,16 +38,16 @@ def kind_of(name: str) -> str:
 
 
 def middle_step(path: Path) -> list[Event]:
-    """The kernels of one step in the middle of the timeline: from one copy of the step's fields to the next."""
+    """The kernels of one step in the middle of the timeline: after one copy of drawn tokens to the host, to the next."""
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     found = [event for event in json.loads(text)["traceEvents"] if event.get("cat") in GPU_EVENTS]
     found.sort(key=lambda event: event["ts"])
-    copies = [i for i, event in enumerate(found) if "HtoD" in event["name"]]
-    draws = [i for i, event in enumerate(found) if "sample_kernel" in event["name"]]
-    last = draws[len(draws) // 2]
-    first = max(i for i in copies if i < last)
+    copies = [i for i, event in enumerate(found) if "DtoH" in event["name"]]
+    if len(copies) < 2:
+        raise ValueError(f"trace: expected the copies of two steps' tokens, got {len(copies)} in {path}")
+    first, last = copies[len(copies) // 2 - 1] + 1, copies[len(copies) // 2]
     begin = found[first]["ts"]
-    return [Event(event["ts"] - begin, event["dur"], kind_of(event["name"])) for event in found[first : last + 2]]
+    return [Event(event["ts"] - begin, event["dur"], kind_of(event["name"])) for event in found[first : last + 1]]
 
 
 def time_by_kind(events: list[Event]) -> dict[str, float]:

@@ -38,7 +38,7 @@ def kind_of(name: str) -> str:
 
 
 def middle_step(path: Path) -> list[Event]:
-    """The kernels of one step in the middle of the timeline: after one copy of drawn tokens to the host, to the next."""
+    """The kernels of one step in the middle: after one copy of drawn tokens to the host, to the next."""
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     found = [event for event in json.loads(text)["traceEvents"] if event.get("cat") in GPU_EVENTS]
     found.sort(key=lambda event: event["ts"])

@@ -77,9 +77,9 @@ def checkpoints(tmp_path_factory):
     return make
 
 
-def greedy(reference, prompt: list[int]) -> list[int]:
+def greedy(reference, prompt: list[int], **options) -> list[int]:
     ids = torch.tensor([prompt], device="cuda")
-    options = {"max_new_tokens": GREEDY.max_tokens, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": GREEDY.max_tokens, "do_sample": False, "eos_token_id": None} | options
     with torch.no_grad():
         out = reference.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return out[0, len(prompt) :].tolist()
@@ -105,6 +105,16 @@ def test_greedy_tokens_are_those_of_transformers(checkpoints, family):
     llm = make_llm(directory)
     assert tokens(llm) == expected
     assert tokens(llm) == expected  # over cached beginnings
+
+
+def test_penalties_under_steps_run_ahead(checkpoints):
+    """The newest token is penalised on the device, before the host has read it; others without penalties beside it."""
+    directory, plain = checkpoints("llama")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory).eval().to("cuda")
+    penalised = SamplingParams(temperature=0.0, repetition_penalty=1.4, max_tokens=24, ignore_eos=True)
+    expected = [greedy(reference, prompt, repetition_penalty=1.4) for prompt in PROMPTS]
+    assert expected != plain
+    assert tokens(make_llm(directory), PROMPTS * 2, [penalised] * 4 + [GREEDY] * 4) == expected + plain
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company(checkpoints):

@@ -6,7 +6,8 @@ in any order, so its last bits differ between runs. Beside the gradients it need
 each query and head (δ).
 
 With `deterministic` each query block's sums come in a fixed order. Above 128 there are no sums then: dK and dV have a
-kernel (`dkdv_kernel`) and dQ has the Triton backend's, which computes S and dP once more.
+kernel (`dkdv_kernel`) and dQ has the Triton backend's, which computes S and dP once more. Values of up to 128 beside
+larger keys go that way too, where it is the faster one.
 """
 
 import math
@@ -49,14 +50,14 @@ class Tile(NamedTuple):
     max_registers: int = 168  # of all threads on average, which is what the launch asks for
 
 
+TWO_PASSES = Tile(dkdv_kernel, 64, 64, 2, 2, 0)  # above 128: the same bits at every run
 # by the widths of q and v in shared memory; measured on an H100, see docs/kernels/hopper_flash_bwd.md
 TILES = {
     (64, 64): Tile(backward_kernel, 128, 128, 2, 2, 128),
     (128, 128): Tile(backward_kernel, 128, 64, 2, 2, 128),
-    (256, 128): Tile(backward_wide_kernel, 64, 64, 2, 2, 64),
+    (256, 128): TWO_PASSES,
     (256, 256): Tile(backward_wide_kernel, 64, 64, 2, 2, 64),
 }
-TWO_PASSES = Tile(dkdv_kernel, 64, 64, 2, 2, 0)  # above 128: the same bits at every run
 _SUMS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
 
 

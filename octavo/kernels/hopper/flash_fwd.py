@@ -403,14 +403,25 @@ def rows_as(x, like):
 
 
 @gluon.jit
-def issue_scores(q, index, k_smem, k_full, wg: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Start Q·Kᵀ of ring entry `index`, once this warpgroup has its turn at the tensor cores."""
+def issue_scores(
+    q, index, k_smem, k_full, wg: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr
+):
+    """Start Q·Kᵀ of ring entry `index`, once this warpgroup has its turn at the tensor cores.
+
+    Of 256 columns the last 64 may be left out: with DEPTH 192 they hold zeros.
+    """
     stage = index % STAGES
     k = as_rows(k_smem.index(stage))
     mbarrier.wait(k_full.index(stage), (index // STAGES) & 1)
     barrier_sync(TURN + wg, 256)
     zero = gl.full([WG_ROWS, k.shape[0]], 0.0, gl.float32, S_LAYOUT)
-    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if k.shape[1] == DEPTH:
+        return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    else:
+        q0, k0 = q.slice(0, 128, dim=1), k.slice(0, 128, dim=1)
+        q1, k1 = q.slice(128, 64, dim=1), k.slice(128, 64, dim=1)
+        s = warpgroup_mma(q0, k0.permute((1, 0)), zero, use_acc=False, is_async=True)
+        return warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
@@ -425,13 +436,14 @@ def issue_values(p, o, index, v_smem, v_full, STAGES: gl.constexpr):
 @gluon.jit
 def step(
     n, index, q, top, l, o, p, scale, cap, visible, smem, bars,
-    wg: gl.constexpr, NUM_WG: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
+    wg: gl.constexpr, NUM_WG: gl.constexpr, RING: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
     MASK: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of key block n, and the product with V of block n + 1, whose P comes in."""
     k_smem, v_smem = smem
     k_full, v_full = bars
-    s = issue_scores(q, index, k_smem, k_full, wg, STAGES, S_LAYOUT)
+    s = issue_scores(q, index, k_smem, k_full, wg, DEPTH, STAGES, S_LAYOUT)
     a = unpack_pairs(p, q.dtype, gl.DotOperandLayout(0, o.type.layout, 2))
     o = issue_values(a, o, index - 1, v_smem, v_full, STAGES)
     barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
@@ -447,14 +459,15 @@ def step(
 @gluon.jit
 def walk(
     n, stop, index, q, top, l, o, p, scale, cap, visible, smem, bars,
-    wg: gl.constexpr, NUM_WG: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
+    wg: gl.constexpr, NUM_WG: gl.constexpr, RING: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
     MASK: gl.constexpr, LEFT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Key blocks n, n - 1, …, stop; P of block n + 1 comes in unmultiplied, that of block `stop` goes out so."""
     while n >= stop:
         top, l, o, p = step(
             n, index, q, top, l, o, p, scale, cap, visible, smem, bars,
-            wg, NUM_WG, RING, STAGES, S_LAYOUT, MASK, LEFT, SOFTCAP,
+            wg, NUM_WG, RING, DEPTH, STAGES, S_LAYOUT, MASK, LEFT, SOFTCAP,
         )  # fmt: skip
         index += 1
         n -= 1
@@ -494,8 +507,8 @@ def pass_over(count, index, bars, wg: gl.constexpr, NUM_WG: gl.constexpr, RING: 
 @gluon.jit
 def attend(
     q, begin, end, own, index, scale, cap, visible, smem, bars,
-    wg: gl.constexpr, NUM_WG: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr, RIGHT: gl.constexpr,
-    LEFT: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
+    wg: gl.constexpr, NUM_WG: gl.constexpr, RING: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+    RIGHT: gl.constexpr, LEFT: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Unnormalised output of 64 rows over key blocks [begin, end): (index, reference exponents, row sums, O).
 
@@ -512,7 +525,7 @@ def attend(
         own_end = gl.minimum(gl.maximum(own_end, begin + 1), end)
         index = pass_over(end - own_end, index, bars, wg, NUM_WG, RING, STAGES)
         end = own_end
-    s = issue_scores(q, index, k_smem, k_full, wg, STAGES, S_LAYOUT)
+    s = issue_scores(q, index, k_smem, k_full, wg, DEPTH, STAGES, S_LAYOUT)
     barrier_arrive(TURN + (wg + 1) % NUM_WG, 256)
     s = warpgroup_mma_wait(0, [s])
     barrier_arrive(K_EMPTY + index % STAGES, RING)
@@ -523,16 +536,16 @@ def attend(
     if RIGHT:
         n, index, top, l, o, p = walk(
             n, gl.maximum(clear_end, begin), index, q, top, l, o, p, scale, cap, visible, smem, bars,
-            wg, NUM_WG, RING, STAGES, S_LAYOUT, True, LEFT, SOFTCAP,
+            wg, NUM_WG, RING, DEPTH, STAGES, S_LAYOUT, True, LEFT, SOFTCAP,
         )  # fmt: skip
     n, index, top, l, o, p = walk(
         n, gl.maximum(clear_begin, begin), index, q, top, l, o, p, scale, cap, visible, smem, bars,
-        wg, NUM_WG, RING, STAGES, S_LAYOUT, False, LEFT, SOFTCAP,
+        wg, NUM_WG, RING, DEPTH, STAGES, S_LAYOUT, False, LEFT, SOFTCAP,
     )  # fmt: skip
     if LEFT:
         n, index, top, l, o, p = walk(
             n, begin, index, q, top, l, o, p, scale, cap, visible, smem, bars,
-            wg, NUM_WG, RING, STAGES, S_LAYOUT, True, LEFT, SOFTCAP,
+            wg, NUM_WG, RING, DEPTH, STAGES, S_LAYOUT, True, LEFT, SOFTCAP,
         )  # fmt: skip
     a = unpack_pairs(p, q.dtype, gl.DotOperandLayout(0, O_LAYOUT, 2))
     o = issue_values(a, o, index - 1, v_smem, v_full, STAGES)
@@ -556,7 +569,7 @@ def consume(
     shared,
     wg: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr,
     LEFT: gl.constexpr, VARLEN: gl.constexpr, PAGE: gl.constexpr, PAGER: gl.constexpr, EVEN: gl.constexpr,
-    SOFTCAP: gl.constexpr, SINK: gl.constexpr, O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr,
+    SOFTCAP: gl.constexpr, SINK: gl.constexpr, O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr, DEPTH: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 query rows of one tile after another."""
     o_desc, lse_ptr, sink_ptr, smem, bars, grid, lengths, window, num_tiles, scale, cap, lse_strides = shared
@@ -597,7 +610,7 @@ def consume(
                 index, top, l, o = attend(
                     q, begin, end, own, index, scale, cap,
                     visible_keys(row, len_q, len_k, window, RIGHT, LEFT), (k_smem, v_smem), (k_full, v_full),
-                    wg, NUM_WG, RING, STAGES, RIGHT, LEFT, EVEN, SOFTCAP,
+                    wg, NUM_WG, RING, DEPTH, STAGES, RIGHT, LEFT, EVEN, SOFTCAP,
                 )  # fmt: skip
             if not Q_IN_REGS and not O_IN_Q:
                 mbarrier.arrive(q_empty.index(wg), count=1)
@@ -637,8 +650,8 @@ def flash_fwd_kernel(
     lse_b, lse_h,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUM_WG: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr,
     VARLEN: gl.constexpr, PAGE: gl.constexpr, PAGER: gl.constexpr, EVEN: gl.constexpr, SOFTCAP: gl.constexpr,
-    SINK: gl.constexpr,
-    O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr, DYNAMIC: gl.constexpr, REGS: gl.constexpr,
+    SINK: gl.constexpr, O_IN_Q: gl.constexpr, Q_IN_REGS: gl.constexpr, DEPTH: gl.constexpr, DYNAMIC: gl.constexpr,
+    REGS: gl.constexpr,
 ):  # fmt: skip
     D: gl.constexpr = q_desc.block_type.shape[-1]
     DV: gl.constexpr = o_desc.block_type.shape[-1]
@@ -670,12 +683,12 @@ def flash_fwd_kernel(
                 (
                     consume,
                     (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
-                     Q_IN_REGS),
+                     Q_IN_REGS, DEPTH),
                 ),
                 (
                     consume,
                     (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
-                     Q_IN_REGS),
+                     Q_IN_REGS, DEPTH),
                 ),
                 (produce_pages, (descs, smem, bars, grid, lengths, window, num_tiles, group, (table, table_stride),
                                  BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, PAGE, PAGER)),
@@ -691,12 +704,12 @@ def flash_fwd_kernel(
                 (
                     consume,
                     (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
-                     Q_IN_REGS),
+                     Q_IN_REGS, DEPTH),
                 ),
                 (
                     consume,
                     (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
-                     Q_IN_REGS),
+                     Q_IN_REGS, DEPTH),
                 ),
             ],
             [4, 4],
@@ -710,22 +723,22 @@ def flash_fwd_kernel(
                 (
                     consume,
                     (shared, 0, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
-                     Q_IN_REGS),
+                     Q_IN_REGS, DEPTH),
                 ),
                 (
                     consume,
                     (shared, 1, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
-                     Q_IN_REGS),
+                     Q_IN_REGS, DEPTH),
                 ),
                 (
                     consume,
                     (shared, 2, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
-                     Q_IN_REGS),
+                     Q_IN_REGS, DEPTH),
                 ),
                 (
                     consume,
                     (shared, 3, BLOCK_N, STAGES, NUM_WG, RIGHT, LEFT, VARLEN, PAGE, PAGER, EVEN, SOFTCAP, SINK, O_IN_Q,
-                     Q_IN_REGS),
+                     Q_IN_REGS, DEPTH),
                 ),
             ],
             [4, 4, 4, 4],
@@ -888,6 +901,7 @@ def run_forward(
         ("SINK", t.learnable_sink is not None),
         ("O_IN_Q", tile.out_in_q),
         ("Q_IN_REGS", tile.q_in_registers),
+        ("DEPTH", _depth(q.shape[-1])),
         ("DYNAMIC", num_tiles > programs),
         ("REGS", tile.registers),
     )
@@ -912,6 +926,12 @@ def _num_query_blocks(q: Tensor, v: Tensor, len_q: int) -> int:
 def _width(head_dim: int) -> int:
     """Columns of a head in shared memory; TMA fills those past head_dim with zeros and does not write them back."""
     return max(64, 1 << (head_dim - 1).bit_length())
+
+
+@functools.cache
+def _depth(head_dim: int) -> int:
+    """Columns that Q·Kᵀ is taken over: those of `_width`, or three quarters of 256 where they hold the head."""
+    return 192 if 128 < head_dim <= 192 else _width(head_dim)
 
 
 @functools.cache

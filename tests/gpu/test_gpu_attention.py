@@ -150,7 +150,7 @@ def backend(request):
 
 # every kernel is compiled for each head size, mask and dtype, which is what the time goes to: not all triples
 @pytest.mark.parametrize(("causal", "dtype"), [(False, torch.bfloat16), (True, torch.float16)])
-@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 96, 112, 128, 160, 192, 256])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 96, 128, 160, 192, 256])
 def test_head_dims(backend, head_dim, causal, dtype):
     spec = AttentionSpec(head_dim**-0.5, window_right=0 if causal else -1)
     q, k, v = (randn(2, s, h, head_dim, dtype=dtype, seed=i) for i, (s, h) in enumerate([(257, 6), (521, 2), (521, 2)]))
@@ -301,8 +301,9 @@ def paged_case(lengths, max_blocks, page, heads, head_dim, dtype):
 
 
 @portable
-@pytest.mark.parametrize("num_splits", [0, 1, 5])
-@pytest.mark.parametrize("page", [1, 16, 24, 64, 256])
+@pytest.mark.parametrize(
+    ("page", "num_splits"), [(1, 0), (16, 0), (24, 0), (64, 0), (256, 0), (1, 5), (16, 1), (16, 5), (64, 5)]
+)
 @pytest.mark.parametrize("heads", [(32, 8), (6, 2), (4, 4)])
 def test_paged_decode(backend, heads, page, num_splits):
     lengths = [1, 700, 16, 1024, 333]
@@ -372,7 +373,7 @@ def test_paged_decode_in_a_cuda_graph(backend):
 @pytest.mark.parametrize("queries", [1, 2])
 def test_mla_decode(backend, heads, page, queries):
     """FlashMLA's own tolerances: abs 8e-4 or rel 2.01/128 here on outputs of size 1, so abs 8e-3."""
-    lengths = [2, 700, 64, 1500]
+    lengths = [2, 700, 64, 1500] if heads < 128 else [2, 250, 64, 500]  # the reference has a copy for each head
     cache, _, table = paged_case(lengths, 1600 // page + 1, page, 1, 576, torch.bfloat16)
     cache = cache[:, :, 0]
     q = randn(len(lengths) * queries, heads, 576, dtype=torch.bfloat16)

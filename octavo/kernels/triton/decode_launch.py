@@ -24,7 +24,7 @@ from octavo.kernels.triton.scores import sequence
 DTYPES = (torch.float16, torch.bfloat16)
 # integers that change from step to step, or may be 1 by chance: nothing is compiled for their value
 VARYING = [
-    "batch", "parts", "max_q", "capacity", "window_left", "stride_table", "stride_lb", "stride_lh", "tokens", "rows",
+    "batch", "parts", "max_q", "capacity", "window_left", "stride_table", "stride_lb", "stride_lh", "tokens", "each",
     "entries",
 ]  # fmt: skip
 MIN_COLUMNS, MAX_COMBINING = 64, 1056  # of an output that one program combines, and such programs
@@ -43,31 +43,32 @@ def note_pieces(notes, part, b, at, count, BY_SEQUENCE: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["cu_seqlens_q"])
 def combine_kernel(
     out, lse, cu_seqlens_q, scratch, stride_os, stride_oh, stride_lb, stride_lh,
-    batch, heads, heads_q, max_q, tokens, rows, entries, at_lse, at_out,
+    batch, heads, heads_q, max_q, tokens, each, entries, at_lse, at_out,
     GROUP: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
     PIECES: tl.constexpr, BY_SEQUENCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS of one (query, head) of a sequence in several pieces: Σ exp(LSE_piece − LSE) · piece."""
-    chunks: tl.constexpr = (HEAD_DIM_V + COLUMNS - 1) // COLUMNS
-    entry = tl.program_id(0) // (rows * chunks)
-    x = tl.program_id(0) // chunks % rows
-    chunk = tl.program_id(0) % chunks
-    dv = chunk * COLUMNS + tl.arange(0, COLUMNS)
+    """Of a sequence in several pieces, COLUMNS of every `each`-th (query, head): Σ exp(LSE_piece − LSE) · piece."""
+    entry = tl.program_id(0) // each
+    first_item = tl.program_id(0) % each
     notes = scratch.to(tl.pointer_type(tl.int32))
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if entry == entries:
-        strides = (stride_os, stride_oh, stride_lh)
-        clear_rows(out, lse, cu_seqlens_q, x, rows, dv, batch, tokens, heads_q, strides, HEAD_DIM_V)
+        clear_rows(out, lse, cu_seqlens_q, first_item, each, batch, tokens, heads_q, stride_os, stride_oh, stride_lh,
+                   HEAD_DIM_V, COLUMNS)  # fmt: skip
         return
     first = tl.load(notes + 4 * entry)
     count = tl.load(notes + 4 * entry + 1)
     b = tl.load(notes + 4 * entry + 2)
     start_q, length_q = sequence(b, cu_seqlens_q, None, max_q)
-    i = x // heads_q
-    if (count > 1) & (i < length_q):
-        head = (x % heads_q).to(tl.int64)
+    chunks: tl.constexpr = (HEAD_DIM_V + COLUMNS - 1) // COLUMNS
+    items = tl.where(count > 1, length_q * heads_q * chunks, 0)
+    for item in range(first_item, items, each):
+        i = item // chunks // heads_q
+        head = (item // chunks % heads_q).to(tl.int64)
+        chunk = item % chunks
+        dv = chunk * COLUMNS + tl.arange(0, COLUMNS)
         place = head // GROUP * BLOCK_M + i * GROUP + head % GROUP
         m = tl.full((), float("-inf"), tl.float32)
         l = tl.zeros((), tl.float32)
@@ -102,17 +103,19 @@ def combine_kernel(
 
 @triton.jit
 def clear_rows(
-    out, lse, cu_seqlens_q, x, rows, dv, batch, tokens, heads_q, strides, HEAD_DIM_V: tl.constexpr
+    out, lse, cu_seqlens_q, first_item, each, batch, tokens, heads_q, stride_os, stride_oh, stride_lh,
+    HEAD_DIM_V: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """0 and −inf for every `rows`-th (query, head) from x on of those that belong to no sequence."""
-    stride_os, stride_oh, stride_lh = strides
+    """0 and −inf for every `each`-th (query, head) of those that belong to no sequence."""
     if cu_seqlens_q is not None:
         first_row = tl.load(cu_seqlens_q + batch)
-        for at in range(x, (tokens - first_row) * heads_q, rows):
-            row = (first_row + at // heads_q).to(tl.int64)
-            head = (at % heads_q).to(tl.int64)
-            to = out + row * stride_os + head * stride_oh + dv
-            tl.store(to, tl.zeros_like(dv).to(out.dtype.element_ty), mask=dv < HEAD_DIM_V)
+        for item in range(first_item, (tokens - first_row) * heads_q, each):
+            row = (first_row + item // heads_q).to(tl.int64)
+            head = (item % heads_q).to(tl.int64)
+            for column in tl.static_range(0, HEAD_DIM_V, COLUMNS):
+                dv = column + tl.arange(0, COLUMNS)
+                to = out + row * stride_os + head * stride_oh + dv
+                tl.store(to, tl.zeros_like(dv).to(out.dtype.element_ty), mask=dv < HEAD_DIM_V)
             tl.store(lse + head * stride_lh + row, float("-inf"))
 
 
@@ -201,18 +204,18 @@ def combine_launch(
     heads_q, head_dim_v = shape[-2:]
     rows = max_q * heads_q
     entries = scratch.notes + packed
-    # a program is one warp, and there are about eight a processor: more of them cost more than they overlap
+    # a program is one warp, and there are 8 to 16 a processor: more of them cost more than they overlap
     columns = power_of_2(head_dim_v)
     while columns > MIN_COLUMNS and entries * rows * 2 * head_dim_v <= MAX_COMBINING * columns:
         columns //= 2
-    programs = entries * rows * -(-head_dim_v // columns)
-    scalars = (*strides, batch, heads, heads_q, max_q, shape[0], rows, scratch.notes, scratch.at_lse, scratch.at_out)
+    each = min(rows * -(-head_dim_v // columns), max(1, 2 * MAX_COMBINING // entries))
+    scalars = (*strides, batch, heads, heads_q, max_q, shape[0], each, scratch.notes, scratch.at_lse, scratch.at_out)
     constants = (
         ("GROUP", heads_q // heads), ("HEAD_DIM_V", head_dim_v), ("BLOCK_M", block_m), ("COLUMNS", columns),
         ("PIECES", 2048 // columns), ("BY_SEQUENCE", scratch.by_sequence), ("PDL", early),
     )  # fmt: skip
     key = (dtype, integer_key((*strides[:2], heads, heads_q)), packed)
-    return Launch(combine_kernel, programs, scalars, constants, key, {"num_warps": 1, "launch_pdl": early})
+    return Launch(combine_kernel, entries * each, scalars, constants, key, {"num_warps": 1, "launch_pdl": early})
 
 
 class DecodeCall(NamedTuple):

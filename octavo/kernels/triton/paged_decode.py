@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.spec import AttentionSpec, AttentionTensors, Tensor
@@ -38,6 +39,19 @@ from octavo.kernels.triton.scores import LN2, LOG2E, sequence, tanh
 PROGRAMS = 2  # that run on a processor at a time
 MIN_PAGE = 8  # tokens; smaller ones would cost a look-up for every few keys
 MAX_ROWS = 64  # query tokens × heads of one key head that a program holds
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x in `dtype`. int8 by bytes, as conversions are slow: 128 + n under the exponent of 1024 is 1152 + n in fp16."""
+    if x.dtype == tl.int8 and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 z, m; xor.b32 z, $2, 0x80808080; mov.b32 m, 0x64806480; prmt.b32 $0, z, 0x64646464, 0x4140;
+            prmt.b32 $1, z, 0x64646464, 0x4342; sub.f16x2 $0, $0, m; sub.f16x2 $1, $1, m; }""",
+            "=&r,=&r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
@@ -98,7 +112,7 @@ def decode_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
     at_lse, at_out,
     GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BY_SEQUENCE: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr, BY_SEQUENCE: tl.constexpr, BLOCK_B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one key head; row r is query r // GROUP of query head `head · GROUP + r % GROUP`."""
     if PDL:
@@ -172,7 +186,7 @@ def decode_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
                 v_tile = tl.load(v_base + v_rows[:, None])
             else:
                 v_tile = tl.load(v_base + v_rows[:, None], mask=(dv < HEAD_DIM_V)[None, :], other=0.0)
-            s = tl.dot(q_tile, tl.trans(k_tile.to(q_tile.dtype))) * scale
+            s = tl.dot(q_tile, tl.trans(widen(k_tile, q_tile.dtype, INTERPRETED))) * scale
             if softcap is not None:
                 s = (softcap * LOG2E) * tanh(s)
             seen = j[None, :] <= last[:, None]
@@ -184,7 +198,7 @@ def decode_kernel(  # noqa: C901, PLR0915 (a kernel is one function)
             p = tl.exp2(s - safe[:, None])
             alpha = tl.exp2(m - safe)
             l = l * alpha + tl.sum(p, 1)
-            acc = tl.dot(p.to(q_tile.dtype), v_tile.to(q_tile.dtype), acc * alpha[:, None])
+            acc = tl.dot(p.to(q_tile.dtype), widen(v_tile, q_tile.dtype, INTERPRETED), acc * alpha[:, None])
             m = m_new
         if sink is not None and unit == start:  # one piece of the sequence carries it
             sink_log2 = tl.load(sink + h).to(tl.float32) * LOG2E
@@ -252,7 +266,7 @@ def _plan(call: DecodeCall) -> DecodePlan:
     constants = (
         ("GROUP", call.group), ("PAGE_SIZE", call.k_shape[1]), ("HEAD_DIM", head_dim), ("HEAD_DIM_V", head_dim_v),
         ("BLOCK_D", power_of_2(head_dim)), ("BLOCK_DV", power_of_2(head_dim_v)), ("BLOCK_M", rows),
-        ("BLOCK_N", keys_of_block(call)),
+        ("BLOCK_N", keys_of_block(call)), ("INTERPRETED", knobs.runtime.interpret),
     )  # fmt: skip
     options = {"num_warps": 4, "num_stages": 3 if call.cache_dtype == call.dtype else 5}
     return plan_decode(call, decode_kernel, Tile(rows, PROGRAMS, constants, options))

@@ -1,4 +1,4 @@
-"""The latent decode compiles for sm_90 without a GPU, with what its schedule needs; which calls it takes.
+"""The decode kernels compile for sm_90 without a GPU, with what their schedules need; which calls they take.
 
 Read from the assembler's report and output: products on the tensor cores that run on while the warpgroup goes on, no
 spills with pages that hold a block, registers handed from warpgroup to warpgroup as planned, shared memory that fits.
@@ -17,11 +17,16 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from octavo.kernels.hopper import mla_decode  # noqa: E402
+from octavo.kernels.hopper import mla_decode, paged_decode  # noqa: E402
 from octavo.kernels.hopper.gluon_compat import KEEPS_LOOP_OPERANDS  # noqa: E402
 from octavo.kernels.spec import AttentionSpec, AttentionTensors  # noqa: E402
+from octavo.kernels.triton import decode_launch  # noqa: E402
 from octavo.kernels.triton.decode_launch import Launch  # noqa: E402
 
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.int8: "*i8",
+}  # fmt: skip
 SHARED_MEMORY = 227 * 1024  # bytes that one block of sm_90 may have
 CAUSAL = AttentionSpec(0.07, window_right=0)
 
@@ -59,10 +64,7 @@ def type_of(value):
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
-        return (
-            "*"
-            + {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}[value.dtype]
-        )
+        return POINTERS[value.dtype]
     if isinstance(value, float):
         return "fp32"
     if isinstance(value, int):
@@ -120,3 +122,64 @@ def test_latent_decode_compiles_to_what_the_design_needs(monkeypatch, tmp_path, 
 def test_refuses_what_it_cannot_take_and_says_why(change, says):
     assert mla_decode.refuses_mla_decode(*call()) is None
     assert says in mla_decode.refuses_mla_decode(*call(**change))
+
+
+def paged_call(dtype=torch.bfloat16, page=16, heads=8, kv_heads=2, head_dim=128, queries=1, spec=CAUSAL, **tensors):
+    scales = {} if dtype == torch.bfloat16 else {"k_scale": torch.ones(kv_heads), "v_scale": torch.ones(kv_heads)}
+    t = AttentionTensors(
+        cu_seqlens_q=torch.arange(5, dtype=torch.int32) * queries, max_seqlen_q=queries,
+        block_table=torch.zeros(4, 8, dtype=torch.int32), seqused_k=torch.ones(4, dtype=torch.int32),
+        **scales, **tensors,
+    )  # fmt: skip
+    q = torch.empty(4 * queries, heads, head_dim, dtype=torch.bfloat16)
+    cache = torch.empty(32, page, kv_heads, head_dim, dtype=dtype)
+    return q, cache, cache, spec, t
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"dtype": torch.float8_e4m3fn},
+        {"dtype": torch.int8},
+        {"page": 64, "head_dim": 64, "heads": 16, "queries": 2, "learnable_sink": torch.zeros(16)},
+        {"page": 2**16, "spec": AttentionSpec(0.1, 100, 0, softcap=5.0)},
+    ],
+    ids=str,
+)
+def test_paged_decode_needs_neither_shared_memory_nor_barriers_in_its_loop(monkeypatch, tmp_path, change):
+    launches = []
+    monkeypatch.setattr(Launch, "__call__", lambda launch, *tensors: launches.append((launch, tensors)))
+    monkeypatch.setattr(decode_launch, "early_launch_options", lambda _: {"PDL": True, "launch_pdl": True})
+    monkeypatch.setattr(decode_launch, "num_processors", lambda _: 132)
+    paged_decode._plan.cache_clear()
+    paged_decode.paged_attention(*paged_call(**change))
+    _, _, sass = compile_launch(launches[0], tmp_path)
+    loop = loop_with("HMMA", sass)
+    assert len(re.findall(r"LDG\.E[.A-Z]*\.128", loop)) >= 2
+    for absent in ("BAR", "LDS", "STS", "LDL", "STL"):
+        assert not re.search(rf"\b{absent}\b", loop), absent
+
+
+def loop_with(instruction, sass):
+    """The smallest loop that has this instruction."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)]
+    backwards = [(int(m[1], 16), at) for at, text in code if (m := re.search(r"BRA[^0]* 0x([0-9a-f]+)", text))]
+    bodies = ["\n".join(text for at, text in code if first <= at <= last) for first, last in backwards if first < last]
+    return min((body for body in bodies if instruction in body), key=len)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"page": 24}, "not 24"),
+        ({"head_dim": 96}, "not 96"),
+        ({"heads": 34}, "not 17"),
+        ({"queries": 5}, "not 20"),
+        ({"queries": 2, "spec": AttentionSpec(0.1)}, "causal"),
+        ({"alibi_slopes": torch.ones(8)}, "alibi_slopes"),
+    ],
+)
+def test_paged_decode_refuses_the_rest_and_says_why(change, says):
+    assert paged_decode.refuses_paged_attention(*paged_call()) is None
+    assert says in paged_decode.refuses_paged_attention(*paged_call(**change))

@@ -268,7 +268,8 @@ def plot(source: Path, prefix: Path) -> None:
         peers = peer_of(rows)
         cases = [case for case in dict.fromkeys(map(case_of, rows)) if "why" not in peers[case]]
         names = [name for name in dict.fromkeys(row["name"] for row in rows) if name not in PEERS]
-        figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.13 * len(cases) * len(names)), sharey=True)
+        size = (12, 1.5 + 0.13 * len(cases) * len(names))
+        figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
         for axis, key, title in zip(axes, TIMES, ("after zeroing (do_bench)", "after reading"), strict=False):
             for i, name in enumerate(names):
                 found = {case_of(row): row for row in rows if row["name"] == name and "why" not in row}
@@ -279,9 +280,8 @@ def plot(source: Path, prefix: Path) -> None:
             axis.set(title=title, xlabel=f"speed, {peers[cases[0]]['name']} = 1")
         axes[0].set_yticks([y + 0.4 for y in range(len(cases))], [case.removeprefix(f"{op} ") for case in cases])
         axes[0].invert_yaxis()
-        axes[1].legend(fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=9)
         figure.suptitle(f"{results['machine']}, {results['date']}", fontsize=9)
-        figure.tight_layout()
         figure.savefig(prefix.with_name(f"{prefix.name}_{op}.png"), dpi=110)
         plt.close(figure)
 

@@ -19,6 +19,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -349,45 +350,48 @@ ENGINE = """
 import json, sys, time, torch
 from octavo import LLM, SamplingParams
 torch.set_num_threads(int(sys.argv[1]))
-llm = LLM(max_num_seqs=int(sys.argv[2]), max_model_len=1024)
+llm = LLM(max_num_seqs=int(sys.argv[2]), max_model_len=1024, kv_cache_memory=1 << 30)
 params = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]), ignore_eos=True)
 for line in sys.stdin:
     prompts = json.loads(line)
     start = time.perf_counter()
     if isinstance(prompts, str):
         next(llm.stream(prompts, params))
-        print(json.dumps(time.perf_counter() - start), flush=True)
+        print(json.dumps([time.perf_counter() - start, 1]), flush=True)
         continue
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
-    print(json.dumps(sum(len(o.outputs[0].token_ids) for o in outputs) / seconds), flush=True)
+    print(json.dumps([seconds, sum(len(o.outputs[0].token_ids) for o in outputs)]), flush=True)
 """
 
 
+Generate = Callable[[list[str] | str], tuple[float, int]]
+
+
 @contextmanager
-def bare_engine(threads: int, clients: int, max_tokens: int) -> Iterator[Callable[[list[str] | str], float]]:
-    """Tokens/s of `LLM.generate` with all prompts at once, or seconds to the first text of one prompt; in a process of
-    its own."""
+def bare_engine(threads: int, clients: int, max_tokens: int) -> Iterator[tuple["subprocess.Popen[bytes]", Generate]]:
+    """A process with an engine, and what asks it: seconds and tokens of `LLM.generate` with all prompts at once, or
+    seconds to the first text of one prompt."""
     command = [sys.executable, "-c", ENGINE, str(threads), str(clients), str(max_tokens)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdin is not None
     assert process.stdout is not None
     stdin, stdout = process.stdin, process.stdout
 
-    def generate(prompts: list[str] | str) -> float:
+    def generate(prompts: list[str] | str) -> tuple[float, int]:
         stdin.write(json.dumps(prompts).encode() + b"\n")
         stdin.flush()
-        return float(json.loads(stdout.readline()))
+        seconds, tokens = json.loads(stdout.readline())
+        return seconds, tokens
 
     try:
-        yield generate
+        yield process, generate
     finally:
         process.kill()
         process.wait()
 
 
 PARTS = ("octavo", "llama.cpp", "transformers", "first-byte", "overhead")
-QUIET = 0.02  # of the processors' time: a round in which others took more says nothing
 LATE = 8192  # bytes; about 40 tokens
 
 
@@ -409,39 +413,107 @@ def others_share() -> Iterator[list[float]]:
     share.append((busy - mine) / (seconds * psutil.cpu_count()))
 
 
+class Job:
+    """Work whose processes run in turn with those of other jobs. work: gives its tokens. rate: tokens/s, counting the
+    time of its own turns only."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", work: Callable[[], int]) -> None:
+        import psutil
+
+        whole = psutil.Process(process.pid)
+        self._processes = [whole, *whole.children(recursive=True)]
+        self._work = work
+        self._ended = threading.Event()
+        self._tokens, self._seconds = 0, 0.0
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        self._tokens = self._work()
+        self._end = time.perf_counter()
+        self._ended.set()
+
+    def begin(self) -> None:
+        for process in self._processes:
+            process.suspend()
+        self._thread.start()
+
+    def turn(self, seconds: float) -> None:
+        """Runs so long, or to its end."""
+        start = time.perf_counter()
+        for process in self._processes:
+            process.resume()
+        over = self._ended.wait(seconds)
+        for process in self._processes:
+            process.suspend()
+        self._seconds += (self._end if over else time.perf_counter()) - start
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    @property
+    def rate(self) -> float:
+        return self._tokens / self._seconds
+
+    def leave(self) -> None:
+        self._thread.join()
+        for process in self._processes:
+            process.resume()
+
+
+TURN = 0.5  # seconds; the machine's own speed drifts by a tenth in minutes
+
+
 def overhead(threads: int, port: int, clients: int, max_tokens: int, rounds: int) -> dict[str, Any]:
-    """The served rate over the engine's own, for the same work: engine and server in turn, so that a busy moment of
-    the machine hits both. Streams, one for each client, all begun at once.
+    """The served rate over the engine's own, for the same work: streams, one for each client, all begun at once, beside
+    `LLM.generate` of as many prompts. Each has its processes; they run in turns of half a second.
 
     Twice, since the clients take the engine's processors, too: with clients that read each token as it comes, and with
     clients that read when LATE bytes have come, which cost next to nothing: the rest is the server's own."""
-    url = f"http://127.0.0.1:{port}"
-    plan = Plan(url, 0, max_tokens=max_tokens, extra={"ignore_eos": True})
     rng = random.Random(clients)
     rates: dict[str, list[float]] = {"engine": [], "served": [], "served_read_late": []}
-    command = octavo_command(port, "--max-model-len", "1024", "--max-num-seqs", str(clients))
-    with server(command, url), bare_engine(threads, clients, plan.max_tokens) as generate:
-        measures: dict[str, Callable[[], float]] = {
-            "engine": lambda: generate([make_prompt(rng, plan.prompt_words) for _ in range(clients)]),
-            "served": lambda: asyncio.run(run_load(plan, clients, requests_each=1)).rate,
-            "served_read_late": lambda: asyncio.run(run_load(replace(plan, wake_at=LATE), clients, 1)).rate,
-        }
-        generate([make_prompt(rng, 8)])
-        measures["served"]()  # everything is touched and compiled by now
-        while len(rates["engine"]) < rounds:
-            told, taken = {}, {}
-            for name, measure_rate in measures.items():
-                with others_share() as share:
-                    told[name] = round(measure_rate(), 1)
-                taken[name] = round(share[0], 3)
-            print("  ", told, "others took", taken, flush=True)
-            if max(taken.values()) < QUIET:
-                for name, rate in told.items():
-                    rates[name].append(rate)
-    engine = rates["engine"]
+    plan = Plan(f"http://127.0.0.1:{port}", 0, max_tokens=max_tokens, extra={"ignore_eos": True})
+    late = replace(plan, url=f"http://127.0.0.1:{port + 1}", wake_at=LATE)
+    options = ("--max-model-len", "1024", "--max-num-seqs", str(clients), "--kv-cache-memory", "1GiB")
+
+    def prompts() -> list[str]:
+        return [make_prompt(rng, plan.prompt_words) for _ in range(clients)]
+
+    def stream(how: Plan) -> int:
+        return asyncio.run(run_load(how, clients, requests_each=1)).tokens
+
+    with (
+        server(octavo_command(port, *options), plan.url) as first,
+        server(octavo_command(port + 1, *options), late.url) as second,
+        bare_engine(threads, clients, max_tokens) as (engine, generate),
+    ):
+        generate(prompts()[:1])
+        for how in (plan, late):
+            asyncio.run(run_load(how, 2, requests_each=1))
+        for _ in range(rounds):
+            work = prompts()
+            jobs = {
+                "engine": Job(engine, lambda work=work: round(generate(work)[1])),
+                "served": Job(first, lambda: stream(plan)),
+                "served_read_late": Job(second, lambda: stream(late)),
+            }
+            with others_share() as share:
+                for job in jobs.values():
+                    job.begin()
+                while any(not job.ended for job in jobs.values()):
+                    for job in jobs.values():
+                        if not job.ended:
+                            job.turn(TURN)
+                for job in jobs.values():
+                    job.leave()
+            told = {name: round(job.rate, 1) for name, job in jobs.items()}
+            print("  ", told, "others took", round(share[0], 3), flush=True)
+            for name, rate in told.items():
+                rates[name].append(rate)
+    engine_rates = rates["engine"]
 
     def ratio(name: str) -> float:
-        return round(statistics.median(mine / theirs for mine, theirs in zip(rates[name], engine, strict=True)), 3)
+        return round(statistics.median(mine / own for mine, own in zip(rates[name], engine_rates, strict=True)), 3)
 
     return {"tokens_per_s": rates, "ratio": ratio("served"), "ratio_read_late": ratio("served_read_late")}
 
@@ -461,17 +533,17 @@ def first_byte(threads: int, port: int, count: int = 60) -> dict[str, float]:
         await connection.body()
         return seconds
 
-    async def alternate(generate: Callable[[list[str] | str], float]) -> None:
+    async def alternate(generate: Generate) -> None:
         connection = Connection(url)
         for number in range(count + 5):
-            told = generate(make_prompt(rng, plan.prompt_words)), await ask(connection)
+            told = generate(make_prompt(rng, plan.prompt_words))[0], await ask(connection)
             if number >= 5:  # everything is touched by now
                 engine.append(told[0])
                 served.append(told[1])
         connection.close()
 
     command = octavo_command(port, "--max-model-len", "1024")
-    with server(command, url), bare_engine(threads, 8, plan.max_tokens) as generate:
+    with server(command, url), bare_engine(threads, 8, plan.max_tokens) as (_, generate):
         asyncio.run(alternate(generate))
     apart = sorted(mine - theirs for mine, theirs in zip(served, engine, strict=True))
     told = {"engine_ttft_ms": engine, "served_ttfb_ms": served, "difference_ms": apart}
@@ -515,19 +587,19 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 # ---- idle connections ----------------------------------------------------------------------------------------------
 
 
-def idle(arguments: argparse.Namespace) -> dict[str, float]:
+def idle(arguments: argparse.Namespace) -> dict[str, Any]:
     """Memory and throughput of our server without and with idle keep-alive connections."""
     url = f"http://127.0.0.1:{arguments.port}"
     with server(octavo_command(arguments.port, "--max-model-len", "1024"), url) as process:
         return asyncio.run(_idle(url, process.pid, arguments.connections, arguments.seconds))
 
 
-async def _idle(url: str, pid: int, count: int, seconds: float) -> dict[str, float]:
+async def _idle(url: str, pid: int, count: int, seconds: float) -> dict[str, Any]:
     import psutil
 
     plan = Plan(url, seconds, extra={"ignore_eos": True})
     await run_load(plan, 8, requests_each=1)
-    rates, sizes = {}, {}
+    rates, sizes, taken = {}, {}, {}
     connections = [Connection(url) for _ in range(count)]
     for name in ("without", "with", "without_again"):
         if name == "with":
@@ -535,7 +607,9 @@ async def _idle(url: str, pid: int, count: int, seconds: float) -> dict[str, flo
                 await connection.send("GET", "/health")
                 await connection.body()
         sizes[name] = psutil.Process(pid).memory_info().rss
-        rates[name] = (await run_load(plan, 8)).rate
+        with others_share() as share:
+            rates[name] = (await run_load(plan, 8)).rate
+        taken[name] = round(share[0], 3)
         if name == "with":
             for connection in connections:
                 connection.close()
@@ -545,6 +619,7 @@ async def _idle(url: str, pid: int, count: int, seconds: float) -> dict[str, flo
         "megabytes": round((sizes["with"] - sizes["without"]) / 1e6, 1),
         "tokens_per_s_without": round(without, 1),
         "tokens_per_s_with": round(rates["with"], 1),
+        "others_took": taken,
     }
 
 

@@ -11,6 +11,7 @@ SAYS = {
     "why_scale.py": "var q·k",
     "kv_cache_sizes.py": "DeepSeek-V3        MLA         68.6",
     "residual_wiring.py": "ScaledResidual (ReZero)",
+    "tiling_io.py": "   128      86016      20480    4.2",
 }
 
 

@@ -65,7 +65,7 @@ def flash_attn_with_kvcache(
 
     Returns out (B, Sq, Hq, Dv), with return_softmax_lse also the LSE (B, Hq, Sq). Raises `ValueError` for what does
     not fit; on CPU also when cache_seqlens or k do not fit into the cache (on a GPU that would wait for the device:
-    such tokens are not written).
+    such tokens are not written, and keys behind the last page not read).
     """
     _check_caches(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin)
     batch, sq, num_heads, head_dim = q.shape

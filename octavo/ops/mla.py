@@ -8,7 +8,7 @@ import torch
 
 from octavo.kernels.spec import AttentionTensors, Tensor
 from octavo.ops import custom_ops
-from octavo.ops.checks import check_heads, check_index, check_like, check_shape, make_spec
+from octavo.ops.checks import check_capacity, check_heads, check_index, check_like, check_shape, make_spec
 from octavo.ops.kvcache import uniform_cu_seqlens
 from octavo.ops.metadata import AttentionMetadata
 from octavo.ops.paged import paged_tensors
@@ -27,14 +27,15 @@ def mla_attention(
 
     q (T, Hq, R + rope) packed by `metadata.cu_seqlens_q`, kv_cache (num_blocks, block_size, R + rope) already holding
     the new tokens, `head_dim_v` = R. `softmax_scale` has no default: it is 1/√(nope + rope) of the unabsorbed heads,
-    not of this q's width. Returns (T, Hq, head_dim_v).
+    not of this q's width. Returns (T, Hq, head_dim_v). Lengths past the block table: as `paged_attention`.
     """
     check_shape("q", q, ("T", "Hq", "R + rope"))
     check_shape("kv_cache", kv_cache, ("num_blocks", "block_size", q.shape[2]))
     check_like("kv_cache", kv_cache, q)
     _check_head_dim_v(head_dim_v, q.shape[2])
     spec = make_spec(q.shape[2], softmax_scale, True, (-1, -1), 0.0)
-    return custom_ops.mla_decode(q, kv_cache, head_dim_v, spec, paged_tensors(q, metadata), backend=backend)[0]
+    tensors = paged_tensors(q, metadata, kv_cache.shape[1])
+    return custom_ops.mla_decode(q, kv_cache, head_dim_v, spec, tensors, backend=backend)[0]
 
 
 def get_mla_metadata(
@@ -85,6 +86,7 @@ def flash_mla_with_kvcache(
     check_like("k_cache", k_cache, q)
     check_index("block_table", block_table, (batch, "max_blocks"), q.device)
     check_index("cache_seqlens", cache_seqlens, (batch,), q.device)
+    check_capacity("cache_seqlens", cache_seqlens, block_table.shape[1] * k_cache.shape[1])
     _check_head_dim_v(head_dim_v, width)
     tensors = AttentionTensors(
         cu_seqlens_q=uniform_cu_seqlens(batch, sq, q.device),

@@ -8,7 +8,15 @@ import torch
 
 from octavo.kernels.spec import AttentionTensors, Tensor
 from octavo.ops import custom_ops
-from octavo.ops.checks import check_heads, check_index, check_like, check_score_options, check_shape, make_spec
+from octavo.ops.checks import (
+    check_capacity,
+    check_heads,
+    check_index,
+    check_like,
+    check_score_options,
+    check_shape,
+    make_spec,
+)
 from octavo.ops.metadata import AttentionMetadata
 
 QUANTISED = (torch.float8_e4m3fn, torch.int8)  # dtypes of a quantised cache
@@ -36,7 +44,9 @@ def paged_attention(
     `softmax_scale` defaults to 1/√D; `learnable_sink` is (Hq,). Returns (T, Hq, Dv); rows of no sequence give 0.
     A cache in float8_e4m3fn or int8, as `store_kv_cache` quantises, comes with its `k_scale` and `v_scale` (Hkv,) fp32
     (FA3's k_descale and v_descale): the true key is k_cache · k_scale.
-    Raises `ValueError` for shapes and dtypes that do not fit. Source: Kwon et al., "PagedAttention", SOSP 2023.
+    Raises `ValueError` for shapes and dtypes that do not fit, on a CPU also for lengths past the block table; on a GPU,
+    where looking would wait for the device, such lengths count as what the table can name.
+    Source: Kwon et al., "PagedAttention", SOSP 2023.
     """
     check_shape("q", q, ("T", "Hq", "D"))
     check_shape("k_cache", k_cache, ("num_blocks", "block_size", "Hkv", q.shape[2]))
@@ -49,7 +59,7 @@ def paged_attention(
         check_like("v_cache", v_cache, like)
     else:
         check_quantised(k_cache, v_cache, k_scale, v_scale)
-    tensors = paged_tensors(q, metadata, learnable_sink, k_scale, v_scale)
+    tensors = paged_tensors(q, metadata, k_cache.shape[1], learnable_sink, k_scale, v_scale)
     spec = make_spec(q.shape[2], softmax_scale, True, window_size, softcap)
     return custom_ops.paged_attention(q, k_cache, v_cache, spec, tensors, backend=backend)[0]
 
@@ -70,6 +80,7 @@ def check_quantised(k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_
 def paged_tensors(
     q: Tensor,
     metadata: AttentionMetadata,
+    block_size: int,
     learnable_sink: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -82,6 +93,7 @@ def paged_tensors(
         ("block_table", (batch, "blocks")),
     ):
         check_index(name, getattr(metadata, name), expected, q.device)
+    check_capacity("cache_seqlens", metadata.cache_seqlens, metadata.block_table.shape[1] * block_size)
     check_score_options(q, batch, None, learnable_sink)
     return AttentionTensors(
         cu_seqlens_q=metadata.cu_seqlens_q,

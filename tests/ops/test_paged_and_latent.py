@@ -1,5 +1,7 @@
 """The engine's ops: stores, paged attention and absorbed latent attention of mixed decode rows and prefill chunks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -160,3 +162,12 @@ def test_mistakes_name_the_argument(batch, message, change):
     arguments = {"q": torch.zeros(11, 6, 16), "k_cache": cache, "v_cache": cache} | change
     with pytest.raises(ValueError, match=message):
         ops.paged_attention(**arguments, metadata=batch[0])
+
+
+def test_lengths_past_the_table_are_refused_where_looking_is_free(batch):
+    metadata = replace(batch[0], cache_seqlens=torch.tensor([7, 21, 5, 0], dtype=torch.int32))
+    cache = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, 1, 16)
+    with pytest.raises(ValueError, match="cache_seqlens: expected at most 20 keys per row, got 21"):
+        ops.paged_attention(torch.zeros(11, 2, 16), cache, cache, metadata)
+    with pytest.raises(ValueError, match="cache_seqlens: expected at most 20 keys per row, got 21"):
+        ops.mla_attention(torch.zeros(11, 2, 16), cache[:, :, 0], 8, metadata, 0.1)

@@ -368,7 +368,7 @@ def test_paged_decode_in_a_cuda_graph(backend):
     torch.testing.assert_close(out.float(), expected, atol=8e-3, rtol=2.01 / 128)
 
 
-@pytest.mark.parametrize("heads", [1, 16, 64, 128])
+@pytest.mark.parametrize("heads", [1, 16, 64, pytest.param(128, marks=pytest.mark.xdist_group("large"))])
 @pytest.mark.parametrize("page", [1, 64])
 @pytest.mark.parametrize("queries", [1, 2])
 def test_mla_decode(backend, heads, page, queries):

@@ -94,7 +94,7 @@ def test_sliding_window_softcap_and_sinks_go_to_the_kernel():
 @pytest.mark.real_model
 @pytest.mark.timeout(300)
 def test_smollm2_says_the_same():
-    """The default model through transformers' GGUF reader: greedy tokens as with transformers' own attention."""
+    """The default model through transformers' GGUF reader: tokens, loss and gradients as with its own attention."""
     from octavo.models import default_model_path
 
     register()
@@ -103,3 +103,15 @@ def test_smollm2_says_the_same():
     ids = torch.tensor([[504, 3575, 282, 4649, 314]])
     tokens = [m.generate(ids, max_new_tokens=24, do_sample=False) for m in (eager, ours)]
     assert torch.equal(*tokens)
+    losses, gradients = zip(*(real_loss_and_gradients(m, tokens[0]) for m in (eager, ours)), strict=True)
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    for got, want in zip(gradients[1], gradients[0], strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm()
+
+
+def real_loss_and_gradients(model, ids):
+    """Of the first, a middle and the last layer's attention."""
+    layers = model.model.layers
+    weights = [layers[i].self_attn.q_proj.weight for i in (0, len(layers) // 2, -1)]
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss.detach(), torch.autograd.grad(loss, weights)

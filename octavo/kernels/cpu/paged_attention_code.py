@@ -97,8 +97,8 @@ def make_scores_direct(rows, head_dim, dtype, pairs):
         ]
         quarters = code.b.ptrtoint(cgutils.alloca_once(code.b, vector(F32), size=4 * rows), I64)
         with cgutils.for_range(code.b, I64(4)) as loop:  # given 16 keys at once, LLVM orders them so that sums spill
-            four = [code.offset(x, (loop.index, 8 * 4)) for x in (keys, upcoming)]
-            for r, total in enumerate(products(code, q, *four, 0, 4)):
+            here, later = (code.offset(x, (loop.index, 8 * 4)) for x in (keys, upcoming))
+            for r, total in enumerate(products(code, q, here, later, 0, 4)):
                 code.store(total, code.offset(quarters, (loop.index, 4 * LANES), 4 * 4 * LANES * r))
         for r in range(rows):
             a, b, c, d = (code.load(code.offset(quarters, 4 * LANES * (4 * r + i)), vector(F32)) for i in range(4))

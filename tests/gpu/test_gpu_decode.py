@@ -160,15 +160,15 @@ def test_paged_random_lengths(seed):
 
 
 @pytest.mark.parametrize("dtype", [FP8, INT8])
-@pytest.mark.parametrize(("page", "head_dim"), [(16, 128), (64, 64)])
-def test_paged_quantised(dtype, page, head_dim):
-    k, v, table = keys_and_values(PRIMES, page, head_dim=head_dim)
+@pytest.mark.parametrize("page", [16, 64])
+def test_paged_quantised(dtype, page):
+    k, v, table = keys_and_values(PRIMES, page)
     scales = torch.rand(8, device="cuda") / 50 + 0.01
     k, v = (reference_cache.quantise(x, scales, dtype) for x in (k, v))
     if dtype == FP8:  # poison stays NaN
         assert k.float().isnan().any()
     t = batch_of(PRIMES, table, k_scale=scales, v_scale=scales)
-    check_paged(random(len(PRIMES), 32, head_dim), k, v, CAUSAL, t)
+    check_paged(random(len(PRIMES), 32, 128), k, v, CAUSAL, t)
 
 
 @pytest.mark.parametrize(("dtype", "largest", "bound"), [(FP8, 448.0, 0.04), (INT8, 127.0, 0.02)])

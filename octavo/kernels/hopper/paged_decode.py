@@ -424,6 +424,8 @@ def refuses_paged_attention(
     """Why this kernel cannot take the call, or None."""
     if q.shape[-1] != v_cache.shape[-1] or q.shape[-1] not in (64, 128):
         return f"it takes head_dim 64 and 128 for keys and values alike, not {q.shape[-1]} and {v_cache.shape[-1]}"
+    if q.shape[-1] == 64 and k_cache.dtype != q.dtype:
+        return "8-bit caches of head_dim 64 have not met a GPU on it yet"
     if k_cache.shape[1] % 16:
         return f"it takes pages in multiples of 16 tokens, not {k_cache.shape[1]}"
     rows = max_queries(q, t) * (q.shape[-2] // k_cache.shape[-2])

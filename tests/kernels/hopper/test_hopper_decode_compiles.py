@@ -174,6 +174,7 @@ def loop_with(instruction, sass):
     [
         ({"page": 24}, "not 24"),
         ({"head_dim": 96}, "not 96"),
+        ({"head_dim": 64, "dtype": torch.int8}, "head_dim 64"),
         ({"heads": 34}, "not 17"),
         ({"queries": 5}, "not 20"),
         ({"queries": 2, "spec": AttentionSpec(0.1)}, "causal"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
+from prefill import fa3
 from triton.testing import do_bench
 
 from octavo.kernels.hopper.flash_bwd import flash_bwd
@@ -27,18 +28,6 @@ CASES = [
     (128, 128, [4096] * 4), (128, 128, SHORT), (128, 128, MIXED), (64, 64, SHORT),
     (192, 128, [4096] * 4), (192, 128, SHORT),
 ]  # fmt: skip
-
-
-def fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: AttentionTensors) -> Callable[[], object] | None:
-    """FlashAttention-3 of vLLM's wheel, or None."""
-    try:
-        from vllm.vllm_flash_attn import flash_attn_interface
-    except ImportError:
-        return None
-    return lambda: flash_attn_interface.flash_attn_varlen_func(
-        q, k, v, max_seqlen_q=t.max_seqlen_q, cu_seqlens_q=t.cu_seqlens_q, max_seqlen_k=t.max_seqlen_k,
-        cu_seqlens_k=t.cu_seqlens_k, causal=True, fa_version=3,
-    )  # fmt: skip
 
 
 def measure(head_dim: int, head_dim_v: int, lengths: list[int], rep: float) -> dict[str, object]:

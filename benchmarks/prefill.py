@@ -52,14 +52,14 @@ def tensors_of(new: list[int], lengths: list[int], table: torch.Tensor) -> Atten
 
 
 def fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: AttentionTensors) -> Callable[[], object] | None:
-    """FlashAttention-3 of vLLM's wheel over the same pages, or None."""
+    """FlashAttention-3 of vLLM's wheel over the same packed keys or pages, or None."""
     try:
         from vllm.vllm_flash_attn import flash_attn_interface
     except ImportError:
         return None
     return lambda: flash_attn_interface.flash_attn_varlen_func(
         q, k, v, max_seqlen_q=t.max_seqlen_q, cu_seqlens_q=t.cu_seqlens_q, max_seqlen_k=t.max_seqlen_k,
-        seqused_k=t.seqused_k, block_table=t.block_table, causal=True, fa_version=3,
+        cu_seqlens_k=t.cu_seqlens_k, seqused_k=t.seqused_k, block_table=t.block_table, causal=True, fa_version=3,
     )  # fmt: skip
 
 

@@ -96,12 +96,14 @@ def measure_step_memory(model: CausalLM, config: EngineConfig, *, cuda_graphs: b
     return taken
 
 
-def _run(runner: ModelRunner, scheduler: Scheduler, num_steps: int | None = None) -> None:
-    """To the end, or that many steps."""
-    while scheduler.has_unfinished() and num_steps != 0:
-        output = scheduler.schedule()
-        scheduler.update(output, runner.execute(output))
-        num_steps = None if num_steps is None else num_steps - 1
+def _run(runner: ModelRunner, scheduler: Scheduler) -> None:
+    while scheduler.has_unfinished():
+        _step(runner, scheduler)
+
+
+def _step(runner: ModelRunner, scheduler: Scheduler) -> None:
+    output = scheduler.schedule()
+    scheduler.update(output, runner.execute(output))
 
 
 def _run_mixed_steps(runner: ModelRunner, scheduler: Scheduler) -> None:
@@ -112,7 +114,7 @@ def _run_mixed_steps(runner: ModelRunner, scheduler: Scheduler) -> None:
         for i, length in enumerate(lengths):
             prompt = [0] * max(1, min(length, scheduler.config.max_model_len - 8))
             scheduler.add_request(Request(f"{step} {i}", prompt, params))
-        _run(runner, scheduler, num_steps=1)
+        _step(runner, scheduler)
     _run(runner, scheduler)
 
 

@@ -32,13 +32,10 @@ class Readback:
 
     def wait(self) -> list[Any]:
         """Its values, as nested lists."""
-        self._wait_for_device()
-        values: list[Any] = self._host.tolist()
-        return values
-
-    def _wait_for_device(self) -> None:
         if self._arrived is not None:
             self._arrived.synchronize()
+        values: list[Any] = self._host.tolist()
+        return values
 
 
 class TokenReadbacks:
